@@ -1,0 +1,82 @@
+r"""The flow path x_t = (1 - sigma) x_0 + sigma e, and what it does to mixtures.
+
+Velocity u = e - x_0 = (x_t - x_0) / sigma. ``a`` stands for 1 - sigma, ``s`` for sigma.
+Sigmas are floats or (B,) tensors in [0, 1].
+Shapes: B batch, K components, C channels, ``*S`` space, ``*1`` ones in its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .mixture import GaussianFactor, GaussianMixture, per_sample
+
+
+def add_noise(x_0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    r"""x_t = (1 - s) x_0 + s e (paper, Eq. 1)."""
+    s = per_sample(sigma, x_0)
+    return (1 - s) * x_0 + s * noise
+
+
+def forward_transition(x_low: Tensor, noise: Tensor, sigma_low: float | Tensor, sigma_high: float | Tensor) -> Tensor:
+    r"""Draw from q(x_high | x_low): (a_h/a_l) x_low + sqrt(s_h^2 - (a_h/a_l)^2 s_l^2) e, s_l <= s_h, s_l < 1."""
+    low, high = per_sample(sigma_low, x_low), per_sample(sigma_high, x_low)
+    ratio = (1 - high) / (1 - low)
+    return ratio * x_low + (high.square() - (ratio * low).square()).clamp(min=0).sqrt() * noise
+
+
+def velocity_to_posterior(mixture: GaussianMixture, x_t: Tensor, sigma: float | Tensor) -> GaussianMixture:
+    r"""q(x_0 | x_t) from the mixture over u: mean_k <- x_t - s mean_k, log_std <- log_std + log s. s > 0."""
+    s = per_sample(sigma, mixture.means)
+    means = torch.addcmul(x_t.unsqueeze(1), s, mixture.means, value=-1)         # (B,K,C,*S)
+    return GaussianMixture(means, mixture.log_weights, mixture.log_std + s.log())
+
+
+def likelihood_factor(x_t: Tensor, sigma: float | Tensor) -> GaussianFactor:
+    r"""q(x_t | x_0) as a factor over x_0: lambda = a^2/s^2, h = a x_t/s^2. s > 0."""
+    s = per_sample(sigma, x_t)
+    a = 1 - s
+    precision = (a / s).square()
+    return GaussianFactor(precision.expand(x_t.shape[:1] + (1,) * (x_t.ndim - 1)), (a / s.square()) * x_t)
+
+
+def reanchor_factor(x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor) -> GaussianFactor:
+    r"""What turns q(x_0 | x_src) into q(x_0 | x_tgt): the new likelihood over the old one (paper, Eq. 9):
+    lambda = a_t^2/s_t^2 - a_s^2/s_s^2, h = a_t x_tgt/s_t^2 - a_s x_src/s_s^2."""
+    return likelihood_factor(x_tgt, sigma_tgt) - likelihood_factor(x_src, sigma_src)
+
+
+def reanchor(
+    posterior: GaussianMixture, x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor
+) -> GaussianMixture:
+    r"""q(x_0 | x_tgt) from q(x_0 | x_src) without a network call (paper, Eq. 9). 0 < sigma_tgt <= sigma_src."""
+    return posterior.tilt(reanchor_factor(x_src, sigma_src, x_tgt, sigma_tgt))
+
+
+def transition_coefficients(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""(c_x, c_0, c_e) of x_next = c_x x_t + c_0 x_0 + c_e e, the reverse transition (paper, Eq. 4):
+    with r = (s_n/s)(a/a_n), b = 1 - r^2:  c_x = r s_n/s,  c_0 = b a_n,  c_e = sqrt(b) s_n.  s_n < 1 or s_n = s."""
+    a, a_next = 1 - sigma, 1 - sigma_next
+    r = (sigma_next / sigma) * (a / a_next)
+    b = 1 - r.square()
+    return r * sigma_next / sigma, b * a_next, b.clamp(min=0).sqrt() * sigma_next
+
+
+def reverse_transition(
+    posterior: GaussianMixture, x_t: Tensor, sigma: float | Tensor, sigma_next: float | Tensor
+) -> GaussianMixture:
+    r"""q(x_next | x_t) as a mixture: the kernel applied to each component of the posterior (paper, Eq. 8):
+    mean_k <- c_x x_t + c_0 mean_k, v <- c_0^2 v + c_e^2."""
+    s, s_next = per_sample(sigma, posterior.means), per_sample(sigma_next, posterior.means)
+    c_x, c_0, c_e = transition_coefficients(s, s_next)
+    means = c_x * x_t.unsqueeze(1) + c_0 * posterior.means
+    log_std = 0.5 * torch.logaddexp(2 * (posterior.log_std + c_0.log()), 2 * c_e.log())
+    return GaussianMixture(means, posterior.log_weights, log_std)
+
+
+def reverse_step(x_t: Tensor, x_0: Tensor, noise: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    r"""One draw of x_next ~ q(x_next | x_t, x_0): c_x x_t + c_0 x_0 + c_e e (paper, Eq. 4)."""
+    s, s_next = torch.tensor(sigma, dtype=torch.float64), torch.tensor(sigma_next, dtype=torch.float64)
+    c_x, c_0, c_e = (float(c) for c in transition_coefficients(s, s_next))
+    return c_x * x_t + c_0 * x_0 + c_e * noise

@@ -1,0 +1,64 @@
+r"""The clock: sigma in [0, 1], its time shift, sampling grids and the training-time distribution.
+
+``sigma`` is the share of noise in x_t = (1 - sigma) x_0 + sigma e and the only clock of this
+package. "Raw" time t in [0, 1] is the clock before the shift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shift_time(t: Tensor | float, shift: float) -> Tensor | float:
+    r"""sigma = m t / (1 + (m - 1) t): raw time to sigma under time shift m > 0 (Esser et al. 2024, Eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_time(sigma: Tensor | float, shift: float) -> Tensor | float:
+    r"""t = sigma / (m - (m - 1) sigma): the inverse of :func:`shift_time`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def check_shift(shift: float) -> None:
+    if not shift > 0:
+        raise ValueError(f"shift must be > 0 (1 leaves time as it is), got {shift}")
+
+
+def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0) -> Tensor:
+    r"""The default grid, s_i = shift(1 - i/N): sigmas (steps + 1,) float32, falling to 0.
+
+    ``denoise`` < 1 keeps the last ``steps`` intervals of a grid of ``steps / denoise``, as
+    ComfyUI's schedulers do: sampling then starts from a partly noised image.
+    """
+    if int(steps) != steps or steps < 1:
+        raise ValueError(f"steps must be a whole number >= 1, got {steps}")
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise must be in (0, 1], got {denoise}")
+    check_shift(shift)
+    total = max(int(steps), int(steps / denoise))
+    raw = torch.linspace(1, 0, total + 1, dtype=torch.float64)[-(int(steps) + 1) :]
+    return shift_time(raw, shift).float()
+
+
+def substep_sigmas(sigma: float, sigma_next: float, substeps: int, shift: float = 1.0) -> list[float]:
+    """``substeps`` + 1 sigmas from ``sigma`` to ``sigma_next``, uniform in raw time, ends exact."""
+    t, t_next = unshift_time(sigma, shift), unshift_time(sigma_next, shift)
+    inner = [shift_time(t + (t_next - t) * i / substeps, shift) for i in range(1, substeps)]
+    return [sigma, *inner, sigma_next]
+
+
+def training_sigmas(draws: Tensor, distribution: str, shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    r"""Map injected draws (B,) to training sigmas (B,) in [1e-7, 1].
+
+    ``logit-normal``: sigma = shift(sigmoid(mean + std z)), z ~ N(0, 1) (images);
+    ``uniform``: sigma = shift(1 - u), u ~ U[0, 1) (2D data). The floor is 1e-4 of a timestep of 1000.
+    """
+    if distribution == "logit-normal":
+        raw = torch.sigmoid(mean + std * draws)
+    elif distribution == "uniform":
+        raw = 1 - draws
+    else:
+        raise ValueError(f"time distribution must be 'logit-normal' or 'uniform', got {distribution!r}")
+    check_shift(shift)
+    return shift_time(raw, shift).clamp(min=1e-7, max=1.0)

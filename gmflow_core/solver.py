@@ -1,0 +1,224 @@
+r"""GM-ODE and GM-SDE: few-step solvers that read a whole mixture from each network call (paper, Section 4.2-4.3).
+
+A solver is a plain function of a denoiser, a noisy x and sigmas s_0 > ... > s_N >= 0. Randomness is
+injected, history is a value. Shapes: B batch, C channels, ``*S`` space, ``*1`` ones in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .guidance import Guided, mean_square, moment_anchor, tilt_toward
+from .mixture import Gaussian, GaussianMixture
+from .path import add_noise, reanchor_factor, reverse_step
+from .schedule import check_shift, substep_sigmas
+from .spectral import color_noise, gaussian_to_mixture
+
+NoiseSampler = Callable[[float, float], Tensor]  # (sigma, sigma_next) -> standard normal like x
+Spectrum = Callable[[Gaussian], Tensor]          # moment-matched posterior -> log power (B,C,*S)
+
+
+@dataclass(frozen=True, eq=False)
+class SolverHistory:
+    """What the second order keeps of a step: the posterior after guidance, before correction."""
+
+    posterior: GaussianMixture
+    x: Tensor
+    sigma: float
+    step: float  # h = sigma - sigma_next
+
+
+@dataclass(frozen=True, eq=False)
+class StepInfo:
+    """What a callback sees of a network step, before x moves on."""
+
+    index: int
+    steps: int
+    sigma: float
+    sigma_next: float
+    x: Tensor                    # (B,C,*S) the step's x_t
+    guided: Guided               # before the second-order correction
+    posterior: GaussianMixture   # after it: what the step uses
+
+    @property
+    def denoised(self) -> Tensor:
+        """The mean of the posterior in use: the current best guess of x_0."""
+        return self.posterior.mean()
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint:
+    """Known pixels, put back at every substep: (1 - s) x_0 + s noise where ``mask`` is 0.
+
+    ``mask`` broadcasts to x: 1 where the solver paints, 0 where ``x_0`` is known, between is a blend.
+    """
+
+    mask: Tensor
+    x_0: Tensor
+    noise: Tensor
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        known = add_noise(self.x_0, self.noise, sigma) if sigma > 0 else self.x_0
+        return known + self.mask * (x - known)
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    r"""Coefficients of the second-order correction, and its optional fixed-point steps.
+
+    The difference of means is trusted by sqrt(max(0, 1 - v_c ((w c_b)^2 + c_a) / h_prev^2)).
+    """
+
+    c_a: float = 0.005
+    c_b: float = 1.0
+    correction_steps: int = 0
+
+
+def correct(
+    guided: Guided, x: Tensor, sigma: float, step: float, history: SolverHistory | None, options: SecondOrder
+) -> GaussianMixture:
+    r"""The posterior corrected to second order (paper, Section 4.3):
+
+        bias = k (m - m_prev) sqrt(max(0, 1 - v_c ((w c_b)^2 + c_a)/h_prev^2)) + guidance bias, k = h/(2 h_prev),
+
+    where m is the guided mean and m_prev the mean of the previous posterior re-anchored to (x, sigma).
+    One tilt of the conditional mixture carries guidance and correction together.
+    """
+    if history is None:
+        return guided.posterior
+    mean = guided.posterior.mean()
+    mean_prev = history.posterior.tilted_mean(reanchor_factor(history.x, history.sigma, x, sigma))
+    doubt = guided.anchor.var * ((guided.scale * options.c_b) ** 2 + options.c_a) / history.step**2
+    difference = (mean - mean_prev) * ((1 - doubt).clamp(min=0).sqrt() * (step / (2 * history.step)))
+    bias = difference if guided.bias is None else difference + guided.bias
+    posterior = tilt_toward(guided.base, guided.anchor, bias)
+    if options.correction_steps:
+        wanted = difference + mean - guided.anchor.mean
+        posterior = match_mean(guided, posterior, bias, wanted, options.correction_steps)
+    return posterior
+
+
+def match_mean(guided: Guided, posterior: GaussianMixture, bias: Tensor, wanted: Tensor, steps: int) -> GaussianMixture:
+    """Repeat the tilt with an adjusted bias until the posterior's mean differs by ``wanted`` from the anchor's.
+
+    Each round moves the bias by the error left, damped per pixel by |bias| / |shift got| where that is below one.
+    """
+    bias = clip_bias(bias, guided.anchor)
+    for _ in range(steps):
+        got = posterior.mean() - guided.anchor.mean
+        ratio = bias.norm(dim=1, keepdim=True) / got.norm(dim=1, keepdim=True)
+        bias = bias - (got - wanted) * torch.nan_to_num(ratio, nan=1.0).clamp(max=1)
+        posterior = tilt_toward(guided.base, guided.anchor, bias)
+        bias = clip_bias(bias, guided.anchor)
+    return posterior
+
+
+def clip_bias(bias: Tensor, anchor: Gaussian) -> Tensor:
+    r"""bias sqrt(min(1, v_c / mean(bias^2))): no stronger than the anchor's own std."""
+    return bias * (mean_square(bias) / anchor.var).clamp(min=1).rsqrt()
+
+
+def sample_gm_ode(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 2,
+    substeps: int = 1,
+    shift: float = 1.0,
+    second_order: SecondOrder = SecondOrder(),
+    temperature: float = 1.0,
+    inpaint: Inpaint | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Tensor:
+    r"""Solve the probability-flow ODE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
+
+    Between network calls the posterior is re-anchored analytically at each of ``substeps``, uniform
+    in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (paper, Algorithm 2).
+    """
+
+    def advance(x: Tensor, posterior: GaussianMixture, sigma: float, sigma_next: float) -> Tensor:
+        start, source = x, sigma
+        grid = substep_sigmas(sigma, sigma_next, substeps, shift)
+        for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
+            if i == 0:
+                x_0 = posterior.mean()
+            else:
+                x_0 = posterior.tilted_mean(reanchor_factor(start, source, x, s))
+            x = torch.lerp(x_0, x, s_next / s)  # = x + (x - x_0)/s (s_next - s)
+            if inpaint is not None:
+                x = inpaint(x, s_next)
+        return x
+
+    if int(substeps) != substeps or substeps < 1:
+        raise ValueError(f"substeps must be a whole number >= 1, got {substeps}")
+    check_shift(shift)
+    return _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callback, advance)
+
+
+def sample_gm_sde(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    order: int = 2,
+    spectrum: Spectrum | None = None,
+    noise_sampler: NoiseSampler | None = None,
+    second_order: SecondOrder = SecondOrder(),
+    temperature: float = 1.0,
+    inpaint: Inpaint | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
+) -> Tensor:
+    r"""Solve the reverse SDE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
+
+    Each step draws x0_hat from the posterior and x_next from q(x_next | x, x0_hat) (paper, Algorithm 1).
+    ``noise_sampler`` is called exactly twice a step, first for x0_hat, then for the transition; the
+    default draws from torch's global generator. ``spectrum`` colours the first draw.
+    """
+    if noise_sampler is None:
+        noise_sampler = lambda sigma, sigma_next: torch.randn_like(x)  # noqa: E731
+
+    def advance(x: Tensor, posterior: GaussianMixture, sigma: float, sigma_next: float) -> Tensor:
+        z = noise_sampler(sigma, sigma_next)
+        if spectrum is not None:
+            z = color_noise(z, spectrum(moment_anchor(posterior)))
+        x_0 = gaussian_to_mixture(posterior, z)
+        x = reverse_step(x, x_0, noise_sampler(sigma, sigma_next), sigma, sigma_next)
+        return x if inpaint is None else inpaint(x, sigma_next)
+
+    return _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callback, advance)
+
+
+def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callback, advance) -> Tensor:
+    """The loop that both solvers share: denoise, correct, report, advance."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order}")
+    grid = check_sigmas(sigmas)
+    history = None
+    if inpaint is not None:
+        x = inpaint(x, grid[0])
+    for i, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
+        step = sigma - sigma_next
+        guided = denoiser(x, sigma)
+        posterior = correct(guided, x, sigma, step, history if order == 2 else None, second_order)
+        posterior = posterior.temperature(temperature)
+        if callback is not None:
+            callback(StepInfo(i, len(grid) - 1, sigma, sigma_next, x, guided, posterior))
+        history = SolverHistory(guided.posterior, x, sigma, step)
+        x = advance(x, posterior, sigma, sigma_next)
+    return x
+
+
+def check_sigmas(sigmas: Tensor) -> list[float]:
+    """The sigmas as floats, or ValueError: at least two, falling strictly, within [0, 1]."""
+    grid = [float(s) for s in sigmas]
+    if len(grid) < 2:
+        raise ValueError(f"sigmas must hold at least two values (one step), got {grid}")
+    if not all(a > b for a, b in zip(grid, grid[1:])) or grid[0] > 1 or grid[-1] < 0:
+        raise ValueError(f"sigmas must fall strictly within [0, 1], got {grid}")
+    return grid
