@@ -41,6 +41,11 @@ def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0) -> Tensor:
     return shift_time(raw, shift).float()
 
 
+def default_substeps(steps: int) -> int:
+    """ceil(128 / N): 4 at 32 steps and 16 at 8, as published (paper, Section 5)."""
+    return -(-128 // steps)
+
+
 def substep_sigmas(sigma: float, sigma_next: float, substeps: int, shift: float = 1.0) -> list[float]:
     """``substeps`` + 1 sigmas from ``sigma`` to ``sigma_next``, uniform in raw time, ends exact."""
     t, t_next = unshift_time(sigma, shift), unshift_time(sigma_next, shift)

@@ -24,6 +24,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The same as :func:`sdpa` from two matrix products and a softmax."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    weights = (q * q.shape[-1] ** -0.5) @ k.mT
+    return (weights.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 def timestep_features(sigma: Tensor, width: int = 256, frequency_shift: float = 0.0) -> Tensor:
     r"""Sinusoids of t = 1000 sigma, cosines first: [cos(t f_i), sin(t f_i)], f_i = 10000^(-i / (width/2 - shift)).
 

@@ -1,0 +1,322 @@
+r"""Checkpoints: one ``.safetensors`` that says everything a loader needs (DESIGN 8).
+
+The model's parameters lie under their own names, which are those of diffusers' DiT; the spectrum
+network's under ``spectrum.``. The metadata's key ``gmflow`` holds JSON: ``format`` (a version),
+``architecture``, ``model`` and ``spectrum`` (configs), ``latent_space``, ``class_names``, ``training``.
+Files of GMFlow's authors are read too (:mod:`.convert`). Every fault raises CheckpointError, and
+before any network is built.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .convert import (
+    CheckpointError, LatentSpace, RawCheckpoint, State, is_pickle, is_safetensors, make_config, one_line,
+    read_diffusers_file, read_folder, read_safetensors, read_training, strip_prefix,
+)
+from .model import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP
+
+__all__ = [
+    "Checkpoint", "CheckpointError", "LatentSpace", "RawCheckpoint", "check_finite", "check_keys", "convert",
+    "expected_shapes", "format_info", "identify", "load_checkpoint", "read_state", "save_checkpoint",
+]
+
+FORMAT = 1
+SPECTRUM = "spectrum."
+CONFIGS = {"gmdit": GMDiTConfig, "gmmlp": GMMLPConfig}
+NETWORKS = {GMDiTConfig: GMDiT, GMMLPConfig: GMMLP, SpectrumConfig: SpectrumMLP}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint with its networks built: eval mode, no gradients."""
+
+    model: GMDiT | GMMLP
+    spectrum: SpectrumMLP | None
+    config: GMDiTConfig | GMMLPConfig
+    class_names: tuple[str, ...] | None
+    latent_space: LatentSpace
+    training: dict = field(default_factory=dict)  # a summary, as its trainer wrote it
+    format: str = "gmflow"                        # as RawCheckpoint.format
+    path: Path | None = None
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+def check_keys(state: State, expected: dict[str, tuple[int, ...]], source) -> None:
+    """CheckpointError that lists missing, unexpected and misshaped keys, at most 8 of each, if there are any."""
+    faults = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "misshaped": [
+            f"{key} {tuple(state[key].shape)} should be {tuple(shape)}"
+            for key, shape in expected.items() if key in state and tuple(state[key].shape) != tuple(shape)
+        ],
+    }
+    if any(faults.values()):
+        lists = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        raise CheckpointError(f"{source}: the weights do not fit the model's config; {lists}")
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def check_finite(state: State, source) -> None:
+    """CheckpointError that names the first tensor with NaN or infinite values. Reads every tensor."""
+    for name, value in state.items():
+        low, high = (value.float() if value.itemsize == 1 else value).aminmax()  # one pass, no mask; NaN comes through
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise CheckpointError(f"{source}: {name} holds NaN or infinite values ({value.dtype}); "
+                                  "the file is damaged, the training diverged or the dtype is too narrow")
+
+
+def expected_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Parameter names and shapes of the network of a config; nothing is allocated."""
+    network = NETWORKS[type(config)](config, device="meta")
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def _check_part(state: State, config, source) -> None:
+    """Keys, shapes and dtypes of one network."""
+    # A config is only text: 10^9 layers in it must not keep the machine busy.
+    if getattr(config, "num_layers", 0) > len(state):
+        raise CheckpointError(f"{source}: the config has {config.num_layers} layers, the file {len(state)} tensors")
+    try:
+        expected = expected_shapes(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{source}: no network can be built from {config}: {one_line(error)}") from error
+    check_keys(state, expected, source)
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{source}: {name} is {value.dtype}; only floating-point weights are supported")
+
+
+def _check(raw: RawCheckpoint) -> None:
+    """Everything but the values of the weights."""
+    _check_part(raw.state, raw.config, raw.path)
+    if (raw.spectrum_state is None) != (raw.spectrum_config is None):
+        raise CheckpointError(f"{raw.path}: has a spectrum network's weights or its config, but not both")
+    if raw.spectrum_config is not None:
+        _check_part(raw.spectrum_state, raw.spectrum_config, f"{raw.path} (spectrum network)")
+        channels = raw.spectrum_config.base_size[0]
+        if channels != raw.config.in_channels:
+            raise CheckpointError(f"{raw.path}: the spectrum network has {channels} channels, "
+                                  f"the model {raw.config.in_channels}")
+    names, classes = raw.class_names, getattr(raw.config, "num_classes", 0)
+    if names is not None and (len(names) != classes or not all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{raw.path}: {len(names)} class names for a model of {classes} classes; "
+                              "there must be one text for each class, or none at all")
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+def save_checkpoint(
+    path, model: GMDiT | GMMLP, spectrum: SpectrumMLP | None = None, *, latent_space: LatentSpace | None = None,
+    class_names=None, training: dict | None = None, dtype: torch.dtype | None = None,
+) -> None:
+    """Write one ``.safetensors``, whole or not at all; missing folders are made.
+
+    ``latent_space`` defaults to points for a GMMLP and to rgb for a GMDiT; ``class_names`` is one text
+    per class; ``training`` a dict that JSON can hold; ``dtype`` casts the weights. CheckpointError if
+    the model is another class, a weight is not finite (after the cast) or the names do not fit.
+    """
+    if not isinstance(model, (GMDiT, GMMLP)):
+        raise CheckpointError(f"{path}: only a GMDiT or GMMLP can be saved, got {type(model).__name__} (unwrap it)")
+    if latent_space is None:
+        latent_space = LatentSpace("2d" if isinstance(model, GMMLP) else "rgb")
+    write(path, RawCheckpoint(
+        Path(path), "gmflow", dict(model.state_dict()), model.config,
+        None if spectrum is None else dict(spectrum.state_dict()), None if spectrum is None else spectrum.config,
+        latent_space, None if class_names is None else tuple(class_names), training or {},
+    ), dtype)
+
+
+def convert(source, destination, *, heads: int | None = None, dtype: torch.dtype | None = None) -> None:
+    """Rewrite any readable checkpoint in our format. The weights keep their dtype unless one is given."""
+    write(destination, read_state(source, heads=heads), dtype)
+
+
+def write(path, raw: RawCheckpoint, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint's parts in our format, atomically."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: a checkpoint's name must end in .safetensors")
+    _check(raw)
+    state = raw.state | {SPECTRUM + name: value for name, value in (raw.spectrum_state or {}).items()}
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
+    check_finite(state, path)
+    header = {
+        "format": FORMAT,
+        "architecture": next(name for name, config in CONFIGS.items() if isinstance(raw.config, config)),
+        "model": raw.config.to_dict(),
+        "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
+        "latent_space": asdict(raw.latent_space), "class_names": raw.class_names, "training": raw.training,
+    }
+    try:
+        text = json.dumps(header, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the training summary is not plain JSON: {one_line(error)}") from error
+    _replace(path, state, {"format": "pt", "gmflow": text})
+
+
+def _replace(path: Path, state: State, metadata: dict[str, str]) -> None:
+    """Write beside ``path`` and rename: a crash leaves the old file, and a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        save_file(state, temporary, metadata)
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+def load_checkpoint(
+    path, device="cpu", dtype: torch.dtype | None = torch.float32, *, heads: int | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of any known format (see :func:`read_state`) and build its networks.
+
+    Networks come in eval mode, without gradients, on ``device``, in ``dtype`` (None: as stored).
+    """
+    raw = _read(path, heads)
+    spectrum = None
+    if raw.spectrum_config is not None:
+        spectrum = _build(raw.spectrum_config, raw.spectrum_state, device, dtype, raw.path)
+    return Checkpoint(
+        _build(raw.config, raw.state, device, dtype, raw.path), spectrum, raw.config, raw.class_names,
+        raw.latent_space, raw.training, raw.format, raw.path,
+    )
+
+
+def _build(config, state: State, device, dtype, source) -> nn.Module:
+    # Always a copy: a tensor that stays mapped to the file dies with it when someone overwrites the file.
+    state = {name: value.to(device, dtype, copy=True) for name, value in state.items()}
+    check_finite(state, source)
+    module = NETWORKS[type(config)](config, device="meta")
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def read_state(path, *, heads: int | None = None) -> RawCheckpoint:
+    """A checkpoint's tensors and configs, checked but with no network built, for hosts that build their own.
+
+    Reads our own file; a diffusers folder of GMFlow's authors or its ``transformer/``; a bare
+    ``diffusion_pytorch_model*.safetensors``; their training ``.pth``. ``heads`` is the number of attention
+    heads where the file cannot tell (no config.json). CheckpointError for everything else.
+    """
+    raw = _read(path, heads)
+    check_finite(raw.state | (raw.spectrum_state or {}), raw.path)
+    return raw
+
+
+def _read(path, heads: int | None) -> RawCheckpoint:
+    """:func:`read_state` without the look at the values, which has to read the whole file."""
+    path = Path(path)
+    if path.is_dir():
+        raw = read_folder(path, heads)
+    elif not is_safetensors(path) and is_pickle(path):
+        raw = read_training(path, heads)
+    else:
+        state, metadata = read_safetensors(path)
+        raw = _read_own(path, state, metadata) if "gmflow" in metadata else read_diffusers_file(path, state, heads)
+    _check(raw)
+    if heads is not None and heads != getattr(raw.config, "num_heads", None):
+        raise CheckpointError(f"{path}: heads={heads} was given, but the file's own config is {raw.config}")
+    return raw
+
+
+def _read_own(path: Path, state: State, metadata: dict[str, str]) -> RawCheckpoint:
+    try:
+        header = json.loads(metadata["gmflow"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata gmflow is not JSON ({one_line(error)})") from error
+    version = header.get("format") if isinstance(header, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: unknown format version {version!r} in its metadata; this program reads {FORMAT}"
+                              " (a newer version of it may be needed)")
+    architecture = header.get("architecture")
+    if architecture not in tuple(CONFIGS):
+        raise CheckpointError(f"{path}: unknown architecture {architecture!r}; known are {', '.join(CONFIGS)}")
+    spectrum, names, training = header.get("spectrum"), header.get("class_names"), header.get("training") or {}
+    if not isinstance(names, (list, type(None))) or not isinstance(training, dict):
+        raise CheckpointError(f"{path}: in its metadata class_names must be a list or null and training an object")
+    return RawCheckpoint(
+        path, "gmflow", {key: value for key, value in state.items() if not key.startswith(SPECTRUM)},
+        make_config(CONFIGS[architecture], header.get("model"), path),
+        strip_prefix(state, SPECTRUM) or None,
+        None if spectrum is None else make_config(SpectrumConfig, spectrum, path),
+        make_config(LatentSpace, header.get("latent_space"), path),
+        None if names is None else tuple(names), training,
+    )
+
+
+# ---- describing --------------------------------------------------------------------------------
+
+def identify(path, *, heads: int | None = None) -> dict:
+    """What a checkpoint is, as a dict that JSON can hold; reads names and shapes, not the weights' values."""
+    raw = _read(path, heads)
+    return {
+        "path": str(raw.path),
+        "format": raw.format,
+        "architecture": next(name for name, config in CONFIGS.items() if isinstance(raw.config, config)),
+        "config": raw.config.to_dict(),
+        "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
+        "num_gaussians": raw.config.num_gaussians,
+        "num_classes": getattr(raw.config, "num_classes", None),
+        "parameters": _count(raw.state),
+        "spectrum_parameters": _count(raw.spectrum_state or {}),
+        "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in raw.state.values()})),
+        "latent_space": asdict(raw.latent_space),
+        "class_names": raw.class_names and list(raw.class_names),
+        "training": raw.training,
+    }
+
+
+def _count(state: dict[str, Tensor]) -> int:
+    return sum(value.numel() for value in state.values())
+
+
+def format_info(info: dict) -> str:
+    """The dict of :func:`identify` as readable text, a line for each thing."""
+    config, latent, names = info["config"], info["latent_space"], info["class_names"]
+    lines = {"format": info["format"]}
+    if info["architecture"] == "gmdit":
+        heads = f"{config['num_heads']} heads x {config['head_dim']}"
+        lines["network"] = f"GM-DiT, {config['num_layers']} layers, {heads}, patch {config['patch_size']}"
+        lines["sample"] = f"{config['in_channels']} x {config['sample_size']} x {config['sample_size']}"
+        lines["classes"] = str(info["num_classes"]) + (f": {_some(names)}" if names else ", without names")
+    else:
+        lines["network"] = f"GMMLP for 2D data, {config['num_layers']} layers of {config['width']}"
+    lines["mixture"] = f"K = {info['num_gaussians']}" + (
+        "" if config["constant_logstd"] is None else f", constant log_std {config['constant_logstd']}"
+    )
+    lines["spectrum"] = "none" if info["spectrum"] is None else (
+        " x ".join(map(str, info["spectrum"]["base_size"])) + f", {info['spectrum_parameters']:,} parameters"
+    )
+    lines["parameters"] = f"{info['parameters']:,}, stored as {info['dtype']}"
+    lines["latents"] = latent["kind"] + (
+        f", scale {latent['scale']:g}, shift {latent['shift']:g}" if latent["kind"] == "sd-vae" else ""
+    )
+    lines["training"] = ", ".join(
+        f"{name} ({len(value)} values)" if isinstance(value, (list, dict)) else f"{name} {value}"
+        for name, value in info["training"].items()
+    ) or "nothing recorded"
+    return "\n".join([info["path"], *(f"  {name + ':':<12}{text}" for name, text in lines.items())])

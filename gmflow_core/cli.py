@@ -1,0 +1,126 @@
+"""Shared pieces of the command line: arguments with clear errors, seeded noise, drawing loops."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .denoiser import GMDenoiser
+from .schedule import default_substeps, flow_sigmas
+from .solver import sample_gm_ode, sample_gm_sde
+
+SOLVERS = ("gm-ode", "gm-sde")
+
+
+class UsageError(Exception):
+    """A bad argument: printed as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def number(kind, low, high=None, *, high_open: bool = False):
+    """An argparse type: an int or float within [low, high] (or [low, high))."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+            good = low <= value and (high is None or (value < high if high_open else value <= high))
+        except ValueError:
+            good = False
+        if not good:
+            closing = ")" if high_open else "]"
+            bounds = f">= {low}" if high is None else f"in [{low}, {high}{closing}"
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
+        return value
+    return parse
+
+
+def parse_labels(text: str, num_classes: int, class_names: tuple[str, ...] | None) -> list[int]:
+    """"0,1,2-9" or class names, separated by commas, to class indices in that order."""
+    labels: list[int] = []
+    names = {name.lower(): i for i, name in enumerate(class_names or ())}
+    for part in (p.strip() for p in text.split(",")):
+        span = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        if span:
+            first, last = int(span[1]), int(span[2] or span[1])
+            if last < first:
+                raise UsageError(f"--labels: the range {part!r} runs backwards")
+            if last >= num_classes:
+                raise UsageError(f"--labels: {part!r} is past the last class; this model knows 0 to {num_classes - 1}")
+            labels += range(first, last + 1)
+        elif part.lower() in names:
+            labels.append(names[part.lower()])
+        else:
+            raise UsageError(f"--labels: {part!r} is neither a class index, a range like 2-9 nor a class name of this model")
+    return labels
+
+
+class ImageNoise:
+    """Noise with one generator per image, from (seed, image index): the same image in any batch.
+
+    Drawn on the CPU whatever the device, so that devices agree too.
+    """
+
+    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device):
+        # Streams of neighbouring (seed, index) pairs must not overlap: spread them over 63 bits.
+        mixed = [(seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) % (1 << 63) for index in indices]
+        self.generators = [torch.Generator().manual_seed(m) for m in mixed]
+        self.shape, self.device = shape, device
+
+    def __call__(self, *_sigmas: float) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+@torch.no_grad()
+def sample(
+    checkpoint: Checkpoint,
+    labels: list[int] | None,
+    *,
+    count: int | None = None,
+    solver: str = "gm-ode",
+    order: int = 2,
+    steps: int = 8,
+    substeps: int | None = None,
+    shift: float = 1.0,
+    guidance: float = 0.45,
+    orthogonal: float = 1.0,
+    spectral: bool = True,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    callback=None,
+) -> Tensor:
+    """Images (or points) (N,C,*S), one per label. ``callback(StepInfo)`` runs at every network step."""
+    total = len(labels) if labels is not None else count
+    device = next(checkpoint.model.parameters()).device
+    parts = []
+    for start in range(0, total, batch_size):
+        indices = range(start, min(start + batch_size, total))
+        noise = ImageNoise(seed, indices, sample_shape(checkpoint), device)
+        chosen = None if labels is None else torch.tensor([labels[i] for i in indices], device=device)
+        denoiser = GMDenoiser(checkpoint.model, chosen, guidance if labels is not None else 0.0, orthogonal)
+        common = dict(order=order, temperature=temperature, callback=callback)
+        sigmas, x = flow_sigmas(steps, shift), noise()
+        if solver == "gm-ode":
+            x = sample_gm_ode(denoiser, x, sigmas, substeps=substeps or default_substeps(steps), shift=shift, **common)
+        else:
+            spectrum = checkpoint.spectrum if spectral else None
+            x = sample_gm_sde(denoiser, x, sigmas, spectrum=spectrum, noise_sampler=noise, **common)
+        parts.append(x.cpu())
+    return torch.cat(parts)
+
+
+def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """(C,H,W) of an image model, (2,) of a 2D one."""
+    config = checkpoint.config
+    size = getattr(config, "sample_size", None)
+    return (config.in_channels,) if size is None else (config.in_channels, size, size)

@@ -1,0 +1,1 @@
+"""Training of GMFlow checkpoints: ``python -m train --preset digits``."""
