@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .convert import (
-    CheckpointError, LatentSpace, RawCheckpoint, State, is_pickle, is_safetensors, make_config, one_line,
-    read_diffusers_file, read_folder, read_safetensors, read_training, strip_prefix,
+    LatentSpace, RawCheckpoint, make_config, read_diffusers_file, read_folder, read_training, strip_prefix,
 )
+from .files import CheckpointError, State, is_pickle, is_safetensors, one_line, read_safetensors
 from .model import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP
 
 __all__ = [

@@ -72,44 +72,73 @@ def rank(mixture: GaussianMixture) -> GaussianMixture:
 def align(mixture: GaussianMixture, iterations: int = 20) -> GaussianMixture:
     """Order every pixel's components so that component k is one hypothesis over the whole image.
 
-    Per image: a weighted k-means over all pixels' component means, started from a greedy farthest-point
-    choice; then each pixel's K components are matched one to one with the K clusters, nearest pairs
-    first. Clusters come by falling total weight. The mixture itself is unchanged at every pixel.
+    Per image: a weighted k-means over all pixels' component means, started from farthest points; then
+    each pixel's K components are matched one to one with the K clusters, nearest pairs first. Clusters
+    come by falling total weight. The mixture itself is unchanged at every pixel.
     """
-    b, k, c, *space = mixture.means.shape
-    means = mixture.means.flatten(3).movedim(-1, 1)                             # (B,S,K,C)
-    weights = mixture.weights.flatten(2).movedim(-1, 1)                         # (B,S,K)
-    order = torch.stack([_align_image(m, w, iterations) for m, w in zip(means, weights)])
-    return reorder(mixture, order.movedim(1, -1).reshape(b, k, 1, *space))
+    means, weights = _flat(mixture)
+    order = torch.stack([_match(m, cluster(m, w, mixture.components, iterations)) for m, w in zip(means, weights)])
+    return reorder(mixture, order.movedim(1, -1).reshape(mixture.log_weights.shape))
 
 
-def _align_image(means: Tensor, weights: Tensor, iterations: int) -> Tensor:
-    """order (S,K) of one image's means (S,K,C) and weights (S,K)."""
+def hypotheses(mixture: GaussianMixture, count: int, iterations: int = 20) -> GaussianMixture:
+    """At most ``count`` hypotheses of the whole image: a coarser mixture, for pictures.
+
+    The clusters of :func:`align`, but a pixel's components go each to the nearest cluster: those that
+    share one are merged (weights add, means average), and a cluster that got none has weight zero there
+    and the cluster's centre as its mean. The mean of every pixel is unchanged.
+    """
+    b, _, c, *space = mixture.means.shape
+    merged = [_merge(m, w, cluster(m, w, count, iterations)) for m, w in zip(*_flat(mixture))]
+    means, weights = (torch.stack(x).movedim(1, -1) for x in zip(*merged))      # (B,N,C,S), (B,N,S)
+    return GaussianMixture(
+        means.reshape(b, count, c, *space), weights.log().reshape(b, count, 1, *space), mixture.log_std
+    )
+
+
+def _flat(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    """Means (B,S,K,C) and weights (B,S,K)."""
+    return mixture.means.flatten(3).movedim(-1, 1), mixture.weights.flatten(2).movedim(-1, 1)
+
+
+def _match(means: Tensor, centres: Tensor) -> Tensor:
+    """order (S,K): which of a pixel's components (S,K,C) goes to each centre (K,C), one to one."""
     k = means.shape[1]
-    centres = _cluster(means.flatten(0, 1), weights.flatten(), k, iterations)
     distance = (means.unsqueeze(2) - centres).square().sum(-1)                  # (S,component,cluster)
     order = torch.zeros(means.shape[:2], dtype=torch.int64, device=means.device)
     rows = torch.arange(len(means), device=means.device)
     for _ in range(k):
         nearest = distance.flatten(1).argmin(1)
-        component, cluster = nearest // k, nearest % k
-        order[rows, cluster] = component
+        component, chosen = nearest // k, nearest % k
+        order[rows, chosen] = component
         distance[rows, component] = torch.inf
-        distance[rows, :, cluster] = torch.inf
+        distance[rows, :, chosen] = torch.inf
     return order
 
 
-def _cluster(points: Tensor, weights: Tensor, k: int, iterations: int) -> Tensor:
-    """Centres (k,C) of a weighted k-means of points (N,C), by falling weight."""
-    chosen = [(weights[:, None] * points).sum(0) / weights.sum()]
-    chosen = [points[(points - chosen[0]).square().sum(1).mul(weights).argmax()]]
-    for _ in range(k - 1):
-        gap = torch.cdist(points, torch.stack(chosen)).amin(1)
-        chosen.append(points[(gap.square() * weights).argmax()])
-    centres = torch.stack(chosen)
+def _merge(means: Tensor, weights: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge a pixel's components (S,K,C), (S,K) by nearest centre (N,C): means (S,N,C), weights (S,N)."""
+    label = torch.cdist(means, centres.expand(len(means), -1, -1)).argmin(-1)   # (S,K)
+    share = torch.nn.functional.one_hot(label, len(centres)) * weights.unsqueeze(-1)
+    total = share.sum(1)                                                        # (S,N)
+    merged = (share.mT @ means) / total.unsqueeze(-1)
+    return torch.where(total.unsqueeze(-1) > 0, merged, centres), total
+
+
+def cluster(means: Tensor, weights: Tensor, count: int, iterations: int = 20) -> Tensor:
+    """Centres (count,C) of a weighted k-means of (...,C) points with weights (...), by falling weight.
+
+    Started from farthest points: each next centre is the point of largest weighted squared distance.
+    """
+    points, weights = means.flatten(0, -2), weights.flatten()
+    centres = ((weights[:, None] * points).sum(0) / weights.sum())[None]
+    for i in range(count):
+        gap = torch.cdist(points, centres).amin(1)
+        new = points[(gap.square() * weights).argmax()][None]
+        centres = new if i == 0 else torch.cat([centres, new])
     for _ in range(iterations):
         label = torch.cdist(points, centres).argmin(1)
-        mass = torch.zeros(k).to(points).index_add_(0, label, weights)
+        mass = weights.new_zeros(count).index_add_(0, label, weights)
         total = torch.zeros_like(centres).index_add_(0, label, weights[:, None] * points)
         centres = torch.where(mass[:, None] > 0, total / mass[:, None], centres)
     return centres[mass.argsort(descending=True)]

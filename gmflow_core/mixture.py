@@ -138,11 +138,10 @@ class GaussianMixture:
 
     def covariance(self) -> Tensor:
         r"""Space-averaged covariance of a pixel, sum_k w_k (mean_k - m)(mean_k - m)^T + v I: (B,C,C)."""
-        offsets = (self.means - self.mean().unsqueeze(1)) * (0.5 * self.log_weights).exp()
-        flat = offsets.transpose(1, 2).flatten(2)                               # (B,C,K*S)
-        pixels = math.prod(self.means.shape[3:])
-        eye = torch.eye(self.channels, dtype=flat.dtype, device=flat.device)
-        return flat @ flat.mT / pixels + eye * self.var.reshape(-1, 1, 1)
+        b, _, c, *space = self.means.shape
+        flat = (self.means - self.mean().unsqueeze(1)).transpose(1, 2).reshape(b, c, -1)    # (B,C,K*S)
+        between = (flat * self.weights.reshape(b, 1, -1)) @ flat.mT / math.prod(space)
+        return between + torch.eye(c, dtype=flat.dtype, device=flat.device) * self.var.reshape(b, 1, 1)
 
     # ---- density -------------------------------------------------------------------------------
 
@@ -181,14 +180,15 @@ class GaussianMixture:
         """
         if any(n != 1 for n in factor.precision.shape[2:]):
             raise ValueError("tilt needs one precision per sample (B,1,*1); tilted_mean takes one per pixel")
-        shrink = 1 / (1 + factor.precision * self.var)                          # (B,1,*1)
-        means = (self.means + (self.var * factor.shift).unsqueeze(1)) * shrink.unsqueeze(1)
+        shrink = (1 + factor.precision * self.var).reciprocal()                 # (B,1,*1)
+        offset = (self.var * shrink) * factor.shift                             # (B,C,*S)
+        means = torch.addcmul(offset.unsqueeze(1), self.means, shrink.unsqueeze(1))
         log_std = self.log_std + 0.5 * shrink.log().unsqueeze(1)
         return GaussianMixture(means, self._tilted_logits(factor, shrink).log_softmax(dim=1), log_std)
 
     def tilted_mean(self, factor: GaussianFactor) -> Tensor:
         """``tilt(factor).mean()`` in two passes over the means and nothing of their size allocated."""
-        shrink = 1 / (1 + factor.precision * self.var)                          # (B,1,*1|*S)
+        shrink = (1 + factor.precision * self.var).reciprocal()                 # (B,1,*1|*S)
         weights = self._tilted_logits(factor, shrink).softmax(dim=1)            # (B,K,1,*S)
         return torch.addcmul(_weighted_sum(weights, self.means), self.var, factor.shift) * shrink
 
@@ -212,21 +212,22 @@ class GaussianMixture:
 
 def _inner(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     """start + sum_c a_c b_c over the channel axis of (B,K|1,C,*S) tensors, shape (B,K,1,*S)."""
-    channels = a.shape[2]
-    if channels > _UNROLL:
+    if a.shape[2] > _UNROLL:
         total = (a * b).sum(2, keepdim=True)
         return total if start is None else start + total
-    for c in range(channels):
-        a_c, b_c = a[:, :, c : c + 1], b[:, :, c : c + 1]
-        start = a_c * b_c if start is None else torch.addcmul(start, a_c, b_c)
-    return start
+    (a_0, *a_rest), (b_0, *b_rest) = a.unbind(2), b.unbind(2)
+    total = a_0 * b_0 if start is None else torch.addcmul(start.squeeze(2), a_0, b_0)
+    for a_c, b_c in zip(a_rest, b_rest):
+        total.addcmul_(a_c, b_c)
+    return total.unsqueeze(2)
 
 
 def _weighted_sum(weights: Tensor, means: Tensor) -> Tensor:
     """sum_k w_k mean_k of (B,K,1,*S) and (B,K,C,*S), shape (B,C,*S)."""
     if means.shape[1] > _UNROLL:
         return (weights * means).sum(1)
-    total = weights[:, 0] * means[:, 0]
-    for k in range(1, means.shape[1]):
-        total = torch.addcmul(total, weights[:, k], means[:, k])
+    (w_0, *w_rest), (mean_0, *mean_rest) = weights.unbind(1), means.unbind(1)
+    total = w_0 * mean_0
+    for w_k, mean_k in zip(w_rest, mean_rest):
+        total.addcmul_(w_k, mean_k)
     return total

@@ -37,6 +37,11 @@ def font(size: int):
     return ImageFont.load_default(size)
 
 
+def text_width(text: str, size: int) -> int:
+    """Of the longest line, in pixels."""
+    return max(int(font(size).getlength(line) + 0.5) for line in text.split("\n"))
+
+
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2):
     """A Pillow image of (N,C,H,W) images in rows of ``columns``, enlarged by whole pixels."""
     from PIL import Image
@@ -56,22 +61,21 @@ def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: S
     from PIL import Image, ImageDraw
 
     big, small, pad = font(22), font(15), 12
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = max([int(draw.textlength(t, small)) for t in row_titles] + [0]) + (2 * pad if any(row_titles) else pad)
-    widths = [max(row[c].width for row in cells if c < len(row)) for c in range(max(len(r) for r in cells))]
-    widths = [max(w, int(draw.textlength(t, small))) for w, t in zip(widths, list(column_titles) + [""] * len(widths))]
+    column_titles = list(column_titles) + [""] * (max(map(len, cells)) - len(column_titles))
+    left = max(text_width(t, 15) for t in row_titles) + 2 * pad if row_titles else pad
+    widths = [
+        max(text_width(t, 15), *(row[c].width for row in cells if c < len(row))) for c, t in enumerate(column_titles)
+    ]
     heights = [max(image.height for image in row) for row in cells]
     top = 2 * pad + 26 + (24 if any(column_titles) else 0)
     notes = note.splitlines()
-    width = max(left + sum(widths) + pad * len(widths), *(int(draw.textlength(t, small)) + 2 * pad for t in [*notes, ""]),
-                int(draw.textlength(title, big)) + 2 * pad)
+    width = max(left + sum(widths) + pad * len(widths), text_width(title, 22) + 2 * pad, text_width(note, 15) + 2 * pad)
     canvas = Image.new("RGB", (width, top + sum(heights) + pad * len(heights) + 21 * len(notes) + (pad if notes else 0)), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((pad, pad), title, TEXT, big)
     x = left
     for c, w in enumerate(widths):
-        if c < len(column_titles):
-            draw.text((x, top - 24), column_titles[c], FAINT, small)
+        draw.text((x, top - 24), column_titles[c], FAINT, small)
         y = top
         for row, h in zip(cells, heights):
             if c < len(row):

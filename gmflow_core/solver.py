@@ -15,7 +15,7 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .guidance import Guided, mean_square, moment_anchor, tilt_toward
 from .mixture import Gaussian, GaussianMixture
-from .path import add_noise, reanchor_factor, reverse_step
+from .path import add_noise, likelihood_factor, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
 from .spectral import color_noise, gaussian_to_mixture
 
@@ -143,13 +143,10 @@ def sample_gm_ode(
     """
 
     def advance(x: Tensor, posterior: GaussianMixture, sigma: float, sigma_next: float) -> Tensor:
-        start, source = x, sigma
+        source = likelihood_factor(x, sigma) if substeps > 1 else None
         grid = substep_sigmas(sigma, sigma_next, substeps, shift)
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
-            if i == 0:
-                x_0 = posterior.mean()
-            else:
-                x_0 = posterior.tilted_mean(reanchor_factor(start, source, x, s))
+            x_0 = posterior.mean() if i == 0 else posterior.tilted_mean(likelihood_factor(x, s) - source)
             x = torch.lerp(x_0, x, s_next / s)  # = x + (x - x_0)/s (s_next - s)
             if inpaint is not None:
                 x = inpaint(x, s_next)

@@ -42,21 +42,23 @@ def principal_axes(mixture: GaussianMixture) -> Tensor:
     return (axes * largest.sign()).to(covariance)
 
 
-def _axis_coordinates(mixture: GaussianMixture, axes: Tensor) -> tuple[Tensor, Tensor]:
-    """Component means along the axes, in stds from the pixel's mean; and log weights. (C,K,N), (K,N)"""
-    b, k, c, *space = mixture.means.shape
-    scale = (-mixture.log_std).exp()
-    offsets = ((mixture.means - mixture.mean().unsqueeze(1)) * scale).flatten(3)         # (B,K,C,S)
-    along = torch.matmul(axes.mT.unsqueeze(1), offsets)                                 # (B,K,C,S)
-    return along.permute(2, 1, 0, 3).reshape(c, k, -1), mixture.log_weights.flatten(2).transpose(0, 1).reshape(k, -1)
+def _along_axes(vectors: Tensor, axes: Tensor) -> Tensor:
+    """Vectors (B,K,C,*S) in the coordinates of axes (B,C,C), one column per pixel of the batch: (C,K,N)."""
+    b, k, c = vectors.shape[:3]
+    flat = vectors.transpose(1, 2).reshape(b, c, -1)                                    # (B,C,K*S)
+    return (axes.mT @ flat).reshape(b, c, k, -1).permute(1, 2, 0, 3).reshape(c, k, -1)
 
 
-def _to_pixels(coordinates: Tensor, mixture: GaussianMixture, axes: Tensor) -> Tensor:
-    """(C,N) coordinates along the axes, in stds from the mean, back to (B,C,*S) points."""
-    b, _, c, *space = mixture.means.shape
-    flat = coordinates.reshape(c, b, -1).transpose(0, 1)                                # (B,C,S)
-    offset = torch.matmul(axes, flat).reshape(b, c, *space)
-    return mixture.mean() + offset * mixture.var.sqrt()
+def _per_pixel(values: Tensor) -> Tensor:
+    """(B,n,*S) or (B,n,1,*S) as (n,N)."""
+    b, n = values.shape[:2]
+    return values.reshape(b, n, -1).transpose(0, 1).reshape(n, -1)
+
+
+def _per_sample(columns: Tensor, like: Tensor) -> Tensor:
+    """(C,N) as (B,C,*S), the shape of ``like``."""
+    b, c = like.shape[:2]
+    return columns.reshape(c, b, -1).transpose(0, 1).reshape(like.shape)
 
 
 def gaussian_to_mixture(mixture: GaussianMixture, z: Tensor, axes: Tensor | None = None) -> Tensor:
@@ -66,15 +68,18 @@ def gaussian_to_mixture(mixture: GaussianMixture, z: Tensor, axes: Tensor | None
     ``axes`` (B,C,C) replaces :func:`principal_axes`.
     """
     axes = principal_axes(mixture) if axes is None else axes
-    mu, log_w = _axis_coordinates(mixture, axes)
-    targets = z.flatten(2).transpose(0, 1).reshape(mu.shape[0], -1)                     # (C,N)
-    points = []
-    for j in range(mu.shape[0]):
-        x = inverse_cdf(mu[j], log_w, targets[j])
-        points.append(x)
-        if j + 1 < mu.shape[0]:
-            log_w = (log_w - 0.5 * (x - mu[j]).square()).log_softmax(0)
-    return _to_pixels(torch.stack(points), mixture, axes)
+    std = mixture.var.sqrt()                                                            # (B,1,*1)
+    offsets = mixture.means - mixture.mean().unsqueeze(1)                               # (B,K,C,*S)
+    mu = _along_axes(offsets, axes / std.reshape(-1, 1, 1))                             # (C,K,N), in stds
+    log_w = _per_pixel(mixture.log_weights)                                             # (K,N)
+    x = []
+    for mu_j, z_j in zip(mu, _per_pixel(z)):
+        if x:
+            log_w = _given(log_w, t)
+        x.append(inverse_cdf(mu_j, log_w, z_j))
+        t = x[-1] - mu_j
+    x = _per_sample(torch.stack(x), z)
+    return mixture.mean() + std * (axes @ x.reshape(*z.shape[:2], -1)).reshape(z.shape)
 
 
 def mixture_to_gaussian(mixture: GaussianMixture, x: Tensor, axes: Tensor | None = None) -> Tensor:
@@ -83,75 +88,138 @@ def mixture_to_gaussian(mixture: GaussianMixture, x: Tensor, axes: Tensor | None
     Exact far out in the tails: the CDF is taken in log space there.
     """
     axes = principal_axes(mixture) if axes is None else axes
-    mu, log_w = _axis_coordinates(mixture, axes)
-    b, _, c, *space = mixture.means.shape
-    offset = ((x - mixture.mean()) / mixture.var.sqrt()).flatten(2)                     # (B,C,S)
-    points = torch.matmul(axes.mT, offset).transpose(0, 1).reshape(c, -1)               # (C,N)
+    std = mixture.var.sqrt().reshape(-1, 1, 1)
+    distances = _along_axes(x.unsqueeze(1) - mixture.means, axes / std)                 # (C,K,N), in stds
+    log_w = _per_pixel(mixture.log_weights)                                             # (K,N)
     z = []
-    for j in range(c):
-        z.append(_probit_of_cdf(mu[j], log_w, points[j]))
-        log_w = (log_w - 0.5 * (points[j] - mu[j]).square()).log_softmax(0)
-    return torch.stack(z).reshape(c, b, -1).transpose(0, 1).reshape(b, c, *space)
+    for t in distances:
+        z.append(_probit_of_cdf(t, log_w))
+        log_w = _given(log_w, t)
+    return _per_sample(torch.stack(z), x)
+
+
+def _given(log_w: Tensor, t: Tensor) -> Tensor:
+    """Log weights (K,N) given a coordinate t = x - mu_k (K,N): w_k phi(t_k), renormalised."""
+    return torch.addcmul(log_w, t, t, value=-0.5).log_softmax(0)
 
 
 def inverse_cdf(mu: Tensor, log_w: Tensor, z: Tensor) -> Tensor:
     r"""Solve F(x) = sum_k w_k Phi(x - mu_k) = Phi(z) for x (N,), given mu, log_w (K,N) and z (N,).
 
-    Newton in probit space, x <- x - (Phi^-1(F(x)) - z) phi(Phi^-1(F(x))) / F'(x), which solves a
-    single Gaussian in one step. The root lies between z + min_k mu_k and z + max_k mu_k; a step
-    that leaves the bracket becomes a bisection, so it always converges. Points above the median are
-    solved mirrored: F is then a lower tail, which float32 holds to full relative precision for |z| < 12.
+    Halley's method from the moment-matched Gaussian: two steps settle nearly every point of a mixture
+    whose components overlap, a third those of the rest that were close, and :func:`_solve_bracketed`
+    what is left; it always converges. Points above the median are solved mirrored: F is then a lower
+    tail, which float32 holds to full relative precision for |z| < 12. Inside, coordinates are in
+    units of sqrt(2), so that Phi is erfc / 2.
     """
-    sign = torch.where(z > 0, -1.0, 1.0).to(z)
-    mu, z = mu * sign, z * sign                                                         # Phi(z) <= 1/2
-    weights = log_w.exp()
-    p = 0.5 * torch.special.erfc(-_SQRT_HALF * z)
+    flip = torch.copysign(torch.full_like(z, _SQRT_HALF), -z)
+    mu, z = mu * flip, z.abs() * -_SQRT_HALF                                            # Phi(z) <= 1/2
+    points = mu, log_w, log_w.exp(), torch.special.erfc(-z).log()
+    x, residual, left = _halley_steps(2, points, _moment_quantile(mu, points[2], z))
+    if left.numel():
+        points = tuple(v[..., left] for v in points)
+        y, residual, hard = _halley_steps(1, points, x[left])
+        if hard.numel():
+            points = tuple(v[..., hard] for v in points)
+            y = y.index_copy(0, hard, _solve_bracketed(points, z[left][hard], y[hard], residual[hard]))
+        x = x.index_copy(0, left, y)
+    return x * (2 * flip)
+
+
+# The equation of a number of points: mu, log_w, w (K,N) and the target log(2 Phi(z)) (N,).
+_Points = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _halley_steps(steps: int, points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x after some steps, the residual before the last of them, and which points that one did not settle."""
+    for _ in range(steps):
+        residual, newton, bend = _halley(points, x)
+        x = x - newton / (1 - bend).clamp(min=0.5)
+    return x, residual, (~_settles(residual, newton, bend)).nonzero().squeeze(1)
+
+
+def _halley(points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What Halley's method x <- x - n / (1 - c) needs for g(x) = log(2 F(x)) - target, F as in :func:`inverse_cdf`:
+
+        g,  n = g/g' = g F/F',  c = n g''/(2 g') = (n F''/F' - g)/2;  all (N,).
+    """
+    mu, log_w, weights, target = points
+    t = mu - x                                                                          # (K,N)
+    kernel = torch.addcmul(log_w, t, t, value=-1).exp()                                 # (K,N)
+    cdf = (weights * torch.special.erfc(t)).sum(0)                                      # 2 F
+    pdf = kernel.sum(0)                                                                 # sqrt(pi) F'
+    half_slope = (kernel * t).sum(0)                                                    # sqrt(pi)/2 F''
+    residual = cdf.log() - target
+    newton = residual * cdf / pdf * (0.5 * math.sqrt(math.pi))
+    return residual, newton, torch.sub(newton * (half_slope / pdf), residual, alpha=0.5)
+
+
+def _settles(residual: Tensor, newton: Tensor, bend: Tensor) -> Tensor:
+    """Whether a Halley step ends in the root: its error is about g (c^2 + n^2), as the components have unit width."""
+    error = residual.abs() * torch.addcmul(newton.square(), bend, bend)
+    return error < 8 * torch.finfo(error.dtype).eps
+
+
+def _solve_bracketed(points: _Points, z: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+    """Halley's method that keeps the root in a bracket and bisects it where a step leaves it or fails to halve.
+
+    The root lies between z + min_k mu_k and z + max_k mu_k. Points whose ``residual`` was large start
+    again from where they would be if no components overlapped; points leave as they settle.
+    """
+    mu, _, weights, _ = points
+    lost = ~(residual.abs() < 0.1)                                                      # or NaN
     lo, hi = z + mu.amin(0), z + mu.amax(0)
-    x = _moment_quantile(mu, weights, z).clamp(lo, hi)
-    tolerance = 32 * torch.finfo(x.dtype).eps * p                                       # of F
-    solution = torch.empty_like(x)
-    index = None  # of the points still being solved
+    x = torch.where(lost, _separated_quantile(mu, weights, z), x).clamp(lo, hi)
+    stride = hi - lo  # of the last step
+    noise = 16 * torch.finfo(x.dtype).eps
+    solution, index = x, torch.arange(x.numel(), device=x.device)
     for _ in range(_MAX_ITERATIONS):
-        cdf, pdf = _cdf_pdf(mu, weights, x)
-        lo, hi = torch.where(cdf < p, x, lo), torch.where(cdf > p, x, hi)
-        probit = torch.special.ndtri(cdf)
-        newton = x - (probit - z) * torch.exp(-0.5 * probit.square()) / (math.sqrt(2 * math.pi) * pdf)
-        new = torch.where((newton > lo) & (newton < hi), newton, 0.5 * (lo + hi))       # NaN bisects
-        done = ((cdf - p).abs() <= tolerance) | (new == x)
-        new = torch.where(done, x, new)
-        solution = new if index is None else solution.index_copy(0, index, new)
-        x = new
-        # Most points are done after a few steps; the stragglers go on alone.
-        todo = (~done).nonzero().squeeze(1)
+        residual, newton, bend = _halley(points, x)
+        lo, hi = torch.where(residual < 0, x, lo), torch.where(residual > 0, x, hi)
+        new = x - newton / (1 - bend).clamp(min=0.5)
+        inside = (new >= lo) & (new <= hi)                                              # False at NaN
+        settled, exact = inside & _settles(residual, newton, bend), residual.abs() <= noise
+        good = inside & (new != x) & ((new - x).abs() <= 0.5 * stride)
+        new = torch.where(settled | good, new, 0.5 * (lo + hi))
+        new = torch.where(exact & ~settled, x, new)
+        solution = solution.index_copy(0, index, new)
+        todo = (~(settled | exact | (new == x))).nonzero().squeeze(1)
         if not todo.numel():
             break
-        if todo.numel() < 0.75 * x.numel():
-            index = todo if index is None else index[todo]
-            mu, weights = mu[:, todo], weights[:, todo]
-            x, lo, hi, p, z, tolerance = (v[todo] for v in (x, lo, hi, p, z, tolerance))
-    return solution * sign
-
-
-def _cdf_pdf(mu: Tensor, weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    t = _SQRT_HALF * (x - mu)                                                           # (K,N)
-    cdf = (weights * torch.special.erfc(-t)).sum(0) * 0.5
-    pdf = (weights * torch.exp(-t.square())).sum(0) / math.sqrt(2 * math.pi)
-    return cdf, pdf
+        points = tuple(v[..., todo] for v in points)
+        index, lo, hi, stride, x = (v[todo] for v in (index, lo, hi, (new - x).abs(), new))
+    return solution
 
 
 def _moment_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
-    """The quantile of the moment-matched Gaussian: a first guess. (N,)"""
-    mean = (weights * mu).sum(0)
-    var = 1 + (weights * (mu - mean).square()).sum(0)
-    return mean + var.sqrt() * z
+    """The quantile of the moment-matched Gaussian: a first guess where components overlap. (N,)"""
+    weighted = weights * mu
+    mean = weighted.sum(0)
+    var = 1 + 2 * ((weighted * mu).sum(0) - mean.square()).clamp(min=0)
+    return torch.addcmul(mean, var.sqrt(), z)
 
 
-def _probit_of_cdf(mu: Tensor, log_w: Tensor, x: Tensor) -> Tensor:
-    """Phi^-1(sum_k w_k Phi(x - mu_k)) from the smaller tail; in log space where that underflows. (N,)"""
-    t, weights = x - mu, log_w.exp()
+def _separated_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
+    """The quantile if no components overlapped: a first guess where they do not. (N,)
+
+    It lies in the component k where the cumulative weight W passes Phi(z), at (Phi(z) - W_{k-1}) / w_k of it.
+    """
+    p = 0.5 * torch.special.erfc(-z)
+    mu, order = mu.sort(0)
+    weights = weights.gather(0, order)
+    cumulative = weights.cumsum(0)
+    k = (cumulative < p).sum(0, keepdim=True).clamp(max=mu.shape[0] - 1)
+    mu_k, w_k, above = (v.gather(0, k).squeeze(0) for v in (mu, weights, cumulative))
+    share = (1 - (above - p) / w_k).clamp(1e-6, 1 - 1e-6)
+    return torch.addcmul(mu_k, torch.special.ndtri(share), torch.full_like(z, _SQRT_HALF))
+
+
+def _probit_of_cdf(t: Tensor, log_w: Tensor) -> Tensor:
+    """Phi^-1(sum_k w_k Phi(t_k)) from the smaller tail; in log space where that underflows. (N,)"""
+    weights = log_w.exp()
     lower = (weights * torch.special.erfc(-_SQRT_HALF * t)).sum(0) * 0.5
     upper = (weights * torch.special.erfc(_SQRT_HALF * t)).sum(0) * 0.5
-    sign = torch.where(upper < lower, -1.0, 1.0).to(x)
+    sign = torch.where(upper < lower, -1.0, 1.0).to(t)
     tail = torch.minimum(lower, upper)
     z = torch.special.ndtri(tail)
     far = (tail < 1e-30).nonzero().squeeze(1)

@@ -94,14 +94,24 @@ class ExactPrior:
         return x_t.T[None]
 
     def posterior(self, x: Tensor, sigma: float) -> GaussianMixture:
-        """q(x_0 | x_t), x (B,C,*S): each component's conjugate posterior, weighted by its evidence."""
-        a, v = 1 - sigma, self.std**2
+        """q(x_0 | x_t), x (B,C,*S)."""
+        return self._given(x, 1 - sigma, sigma**2, self.means, self.std**2)
+
+    def transition(self, x: Tensor, sigma: float, sigma_next: float) -> GaussianMixture:
+        """q(x_n | x_t): x_n has its marginal, and x_t = (a/a_n) x_n + noise of what variance is missing."""
+        ratio, a_next = (1 - sigma) / (1 - sigma_next), 1 - sigma_next
+        noise = sigma**2 - (ratio * sigma_next) ** 2
+        return self._given(x, ratio, noise, a_next * self.means, a_next**2 * self.std**2 + sigma_next**2)
+
+    def _given(self, x: Tensor, ratio: float, noise: float, mu: Tensor, v: float) -> GaussianMixture:
+        """The law of y ~ sum_k w_k N(mu_k, v I) given x = ratio y + N(0, noise I): each component's
+        conjugate posterior, weighted by its evidence."""
         ones = (1,) * (x.ndim - 2)
-        mu = self.means.to(x).reshape(1, *self.means.shape, *ones)              # (1,K,C,*1)
+        mu = mu.to(x).reshape(1, *mu.shape, *ones)                              # (1,K,C,*1)
         x = x.unsqueeze(1)
-        precision = 1 / v + a**2 / sigma**2
-        means = (mu / v + a * x / sigma**2) / precision
-        evidence = Normal(a * mu, (a**2 * v + sigma**2) ** 0.5).log_prob(x).sum(2, keepdim=True)
+        precision = 1 / v + ratio**2 / noise
+        means = (mu / v + ratio * x / noise) / precision
+        evidence = Normal(ratio * mu, (ratio**2 * v + noise) ** 0.5).log_prob(x).sum(2, keepdim=True)
         logits = self.weights.to(x).log().reshape(1, -1, 1, *ones) + evidence
         log_std = x.new_full((x.shape[0], 1, 1, *ones), -0.5 * np.log(precision))
         return GaussianMixture(means, logits - logits.logsumexp(1, keepdim=True), log_std)

@@ -170,6 +170,7 @@ def test_reverse_transition_of_the_exact_prior(rng, sigma, sigma_next):
     expected = prior.marginal(sigma_next).log_prob(x_n) + likelihood - prior.marginal(sigma).log_prob(x_t)
     got = log_density(reverse_transition(prior.posterior(x_t, sigma), x_t, sigma, sigma_next), x_n)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_density(prior.transition(x_t, sigma, sigma_next), x_n), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_reverse_transition_to_zero_is_the_posterior(rng):

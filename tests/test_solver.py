@@ -100,10 +100,10 @@ def network_denoiser(labels, guidance=0.3):
 
 
 def assert_same_image(got, expected):
-    """All but 2 % of the values within 1e-4. Products of another batch size round otherwise, and the
+    """All but 2 % of the values within 1e-3. Products of another batch size round otherwise, and the
     draw of x0_hat multiplies that where its CDF is flat or two axes are near each other in variance:
     measured 2e-5 for the ODE; for the SDE one pixel of 64 differs by 2e-3."""
-    assert ((got - expected).abs() > 1e-4).float().mean() <= 0.02
+    assert ((got - expected).abs() > 1e-3).float().mean() <= 0.02
 
 
 @solvers

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from gmflow_core import SecondOrder, reverse_transition, sample_gm_ode, sample_gm_sde
+from gmflow_core import SecondOrder, sample_gm_ode, sample_gm_sde
 from gmflow_core.path import transition_coefficients
 from gmflow_core.spectral import principal_axes
 from oracle import ExactPrior, projected_cdf
@@ -158,20 +158,20 @@ PATHS = [(0.9, 0.3), (0.9, 0.55, 0.3), (0.9, 0.8, 0.6, 0.3)]
 def test_sde_from_one_point_has_the_exact_conditional_law(prior, rng, sigmas):
     """From one x_t, however many steps there are between, x_n ~ q(x_n | x_t) exactly.
 
-    40000 draws. Each of these was tried and fails: b used without its root (c_e = b s_n), r without
-    its factor a/a_n, x0_hat replaced by the posterior's mean, the same noise for both draws.
+    40000 draws. Each of these was tried and fails: c_e = b s_n without the root (in the last path,
+    where b is not near 1), r without its factor a/a_n, x0_hat replaced by the posterior's mean, one
+    noise for both draws.
     """
     x = torch.tensor([0.4, -0.3], dtype=torch.float64)[None, :, None].expand(1, 2, 40_000).contiguous()
     got = sample_gm_sde(prior.denoiser, x, grid(*sigmas), order=1, noise_sampler=seeded_noise(x, rng))
-    assert_law(got, reverse_transition(prior.posterior(x, 0.9), x, 0.9, 0.3))
+    assert_law(got, prior.transition(x[:, :, :1], 0.9, 0.3))
 
 
 def test_sde_carries_the_marginal_to_the_data(prior, rng):
     """Four steps from p(x_t) at 0.95 to 0: the draws have the prior's law."""
     x = prior.sample_x_t(0.95, 40_000, rng)
     got = sample_gm_sde(prior.denoiser, x, uniform(0.95, 0.0, 4), order=1, noise_sampler=seeded_noise(x, rng))
-    first = x[:, :, :1]
-    assert_law(got, reverse_transition(prior.posterior(first, 1.0), first, 1.0, 0.0))
+    assert_law(got, prior.posterior(x[:, :, :1], 1.0))  # at sigma 1 it is the prior
 
 
 def test_one_gaussian_component_is_ancestral_sampling(prior, x, rng):

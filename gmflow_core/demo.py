@@ -1,0 +1,103 @@
+"""``python -m gmflow_core demo``: pictures of what the method does, from the bundled digits model."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, load_checkpoint
+from .cli import sample
+from .inspect import effective_components, hypotheses, mean_weights, weight_entropy
+from .mixture import GaussianMixture
+from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet
+from .solver import StepInfo
+
+STEPS = (1, 2, 4, 8)
+GUIDANCE = (0.0, 0.3, 0.6)
+SUBJECT = 3      # the class whose beliefs are drawn
+ZOOM = 4
+
+
+def demo(checkpoint_path: Path, out: Path, seed: int = 0) -> list[Path]:
+    """Sample, draw, say where; returns the pictures' paths."""
+    if not checkpoint_path.exists():
+        raise FileNotFoundError(f"the bundled checkpoint {checkpoint_path} is missing; train one: python -m train --preset digits")
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = load_checkpoint(checkpoint_path)
+    pictures = {"solvers": draw_solvers, "guidance": draw_guidance, "beliefs": draw_beliefs}
+    paths, begin = [], time.perf_counter()
+    for name, draw in pictures.items():
+        start = time.perf_counter()
+        picture = draw(checkpoint, seed)
+        paths.append(out / f"{name}.png")
+        picture.save(paths[-1])
+        print(f"{paths[-1]}  {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{len(paths)} pictures in {time.perf_counter() - begin:.1f} s")
+    return paths
+
+
+def draw_solvers(checkpoint: Checkpoint, seed: int):
+    """GM-ODE 2 and GM-SDE 2 at 1, 2, 4 and 8 network steps: the ten digits, twice."""
+    labels = list(range(10))
+    cells = []
+    for steps in STEPS:
+        row = [sample(checkpoint, labels, solver=solver, steps=steps, guidance=0.3, seed=seed) for solver in ("gm-ode", "gm-sde")]
+        cells.append([image_grid(images, 10, scale=3) for images in row])
+    titles = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
+    return sheet(cells, titles, ["GM-ODE 2", "GM-SDE 2"], "Digits in a few network steps", "probabilistic guidance 0.3, same noise in every row")
+
+
+def draw_guidance(checkpoint: Checkpoint, seed: int):
+    """Probabilistic guidance at three scales, from the same noise."""
+    labels = [digit for digit in range(10) for _ in range(3)]
+    rows = [sample(checkpoint, labels, steps=8, guidance=w, seed=seed) for w in GUIDANCE]
+    cells = [[image_grid(_by_column(images, 3), 10, scale=3)] for images in rows]
+    titles = [f"guidance {w:g}" for w in GUIDANCE]
+    return sheet(cells, titles, [], "Probabilistic guidance", "GM-ODE 2, 8 steps, three samples of each digit, same noise in every block")
+
+
+def _by_column(images: Tensor, rows: int) -> Tensor:
+    """Reorder (columns * rows, ...) so that a row-major grid has each run of ``rows`` in a column."""
+    return images.unflatten(0, (-1, rows)).transpose(0, 1).flatten(0, 1)
+
+
+def draw_beliefs(checkpoint: Checkpoint, seed: int):
+    """The mixture of the first steps of one image: x_t, its mean, its hypotheses, its entropy."""
+    steps: list[StepInfo] = []
+    sample(checkpoint, [SUBJECT], steps=8, guidance=0.3, seed=seed, callback=steps.append)
+    bits = math.log2(checkpoint.config.num_gaussians)
+    cells, titles = [], []
+    for step in steps[:6]:
+        mixture = step.guided.base
+        entropy = weight_entropy(mixture)
+        cells.append([
+            image_grid(step.x, 1, ZOOM), image_grid(mixture.mean(), 1, ZOOM),
+            draw_hypotheses(hypotheses(mixture, mixture.components)), image_grid(heat(entropy, 0, bits), 1, ZOOM),
+        ])
+        titles.append(f"sigma {step.sigma:.3f}\n{effective_components(mixture).mean():.1f} components")
+    cells[0].append(colour_bar(0, bits, "bits", cells[0][-1].height))
+    return sheet(
+        cells, titles, ["x_t", "mean", "hypotheses, with their share of the weight", "entropy"],
+        f"What the mixture believes while drawing a {SUBJECT}",
+        "All pixels' components in clusters of like colour: each tile is one cluster, bright where it has weight.\n"
+        "At high noise they are the inks that the model has not chosen between yet.",
+    )
+
+
+def draw_hypotheses(mixture: GaussianMixture):
+    """Each component's mean on grey, as opaque as its weight at the pixel, its average weight beneath."""
+    from PIL import Image, ImageDraw
+
+    opacity = mixture.weights / mixture.weights.amax((3, 4), keepdim=True).clamp(min=1e-6)
+    tiles = image_grid((opacity.sqrt() * mixture.means)[0], mixture.components, ZOOM)
+    canvas = Image.new("RGB", (tiles.width, tiles.height + 18), PAPER)
+    canvas.paste(tiles, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for k, share in enumerate(mean_weights(mixture)[0].tolist()):
+        x = (k + 0.5) * tiles.width / mixture.components
+        draw.text((x, tiles.height + 2), f"{100 * share:.1f} %", FAINT, font(13), anchor="ma")
+    return canvas

@@ -1,0 +1,161 @@
+"""``python -m gmflow_core`` in-process: files, determinism, and one line for every bad argument."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, save_checkpoint
+from gmflow_core.__main__ import BUNDLED, main
+from gmflow_core.cli import ImageNoise, UsageError, parse_labels
+from gmflow_core.convert import LatentSpace
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(3)
+    config = GMDiTConfig(num_classes=4, num_gaussians=3, in_channels=3, sample_size=8, patch_size=4,
+                         num_layers=1, num_heads=1, head_dim=16, logstd_width=8)
+    model, spectrum = GMDiT(config), SpectrumMLP(SpectrumConfig((3, 8, 8), (8, 4)))
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    save_checkpoint(path, model, spectrum, class_names=["cat", "dog", "tabby cat", "owl"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "2d.safetensors"
+    save_checkpoint(path, GMMLP(GMMLPConfig(num_gaussians=3, width=16, num_layers=1)), latent_space=LatentSpace("2d"))
+    return path
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    code = main([str(a) for a in args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
+def test_sample_writes_what_was_asked_for(checkpoint, tmp_path, capsys, solver):
+    code, out, err = run(capsys, "sample", checkpoint, "--labels", "0,2-3, dog,0", "--solver", solver, "--steps", 2,
+                         "--images", "--latents", "--out", tmp_path)
+    assert code == 0 and "5 samples" in out and "100%" in err
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["0000-class0.png", "0001-class2.png", "0002-class3.png", "0003-class1.png", "0004-class0.png",
+                     "grid.png", "samples.safetensors"]
+    latents = load_file(tmp_path / "samples.safetensors")
+    assert latents["samples"].shape == (5, 3, 8, 8) and latents["labels"].tolist() == [0, 2, 3, 1, 0]
+    with Image.open(tmp_path / "0000-class0.png") as image:
+        assert image.size == (8, 8)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size[0] > 5 * 8
+
+
+@pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
+def test_the_same_seed_gives_the_same_image_in_any_batch(checkpoint, tmp_path, capsys, solver):
+    def latents(labels, name, *extra):
+        code, _, err = run(capsys, "sample", checkpoint, "--labels", labels, "--solver", solver, "--steps", 3,
+                           "--latents", "--out", tmp_path / name, *extra)
+        assert code == 0, err
+        return load_file(tmp_path / name / "samples.safetensors")["samples"]
+
+    whole = latents("0-3,0", "whole")
+    torch.testing.assert_close(latents("0-3,0", "pairs", "--batch-size", 2), whole, rtol=0, atol=2e-5)
+    torch.testing.assert_close(latents("0", "alone"), whole[:1], rtol=0, atol=2e-5)
+    assert (whole[0] - whole[4]).abs().max() > 0.1  # the same label at another place is another image
+    assert (latents("0", "seed", "--seed", 1) - whole[:1]).abs().max() > 0.1
+
+
+def test_noise_streams_are_standard_and_independent():
+    noise = ImageNoise(5, range(64), (3, 16, 16), "cpu")
+    a, b = noise().flatten(1), noise().flatten(1)
+    everything = torch.cat([a, b, ImageNoise(6, range(64), (3, 16, 16), "cpu")().flatten(1)])
+    assert abs(everything.mean()) < 0.01 and abs(everything.std() - 1) < 0.01
+    correlation = torch.corrcoef(everything) - torch.eye(len(everything))
+    assert correlation.abs().max() < 0.2  # 768 numbers each: 5.5 standard errors
+
+
+def test_two_dimensional_models_take_a_count(points, tmp_path, capsys):
+    code, out, _ = run(capsys, "sample", points, "--count", 100, "--steps", 1, "--substeps", 4, "--latents", "--out", tmp_path)
+    assert code == 0 and load_file(tmp_path / "samples.safetensors")["samples"].shape == (100, 2)
+
+
+def test_labels():
+    assert parse_labels("0, 2-4,1", 10, None) == [0, 2, 3, 4, 1]
+    assert parse_labels("Tabby Cat,3", 4, ("cat", "dog", "tabby cat", "owl")) == [2, 3]
+    with pytest.raises(UsageError, match="runs backwards"):
+        parse_labels("4-2", 10, None)
+
+
+BAD = [
+    (["--labels", "9"], "past the last class; this model knows 0 to 3"),
+    (["--labels", "cow"], "'cow' is neither a class index"),
+    (["--labels", ""], "'' is neither a class index"),
+    ([], "give either --labels"),
+    (["--labels", "0", "--count", "1"], "give either --labels"),
+    (["--labels", "0", "--guidance", "1"], "'1' is not a number in [0, 1)"),
+    (["--labels", "0", "--guidance", "nan"], "'nan' is not a number in [0, 1)"),
+    (["--labels", "0", "--steps", "0"], "'0' is not a whole number in [1, 10000]"),
+    (["--labels", "0", "--steps", "2.5"], "'2.5' is not a whole number"),
+    (["--labels", "0", "--order", "3"], "'3' is not a whole number in [1, 2]"),
+    (["--labels", "0", "--substeps", "0"], "--substeps"),
+    (["--labels", "0", "--solver", "euler"], "invalid choice: 'euler'"),
+    (["--labels", "0", "--device", "warp"], "--device warp"),
+    (["--labels", "0", "--seed", "-1"], "--seed"),
+]
+
+
+@pytest.mark.parametrize("extra, message", BAD)
+def test_bad_arguments_of_sample(checkpoint, tmp_path, capsys, extra, message):
+    code, out, err = run(capsys, "sample", checkpoint, "--out", tmp_path / "out", *extra)
+    assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["sample", "nowhere.safetensors", "--labels", "0"], "nowhere.safetensors"),
+    (["info", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["convert", "nowhere.safetensors", "x.safetensors"], "nowhere.safetensors"),
+    (["convert", "nowhere.safetensors", "x.pth"], "must end in .safetensors"),
+    (["paint"], "invalid choice: 'paint'"),
+    ([], "required: COMMAND"),
+    (["info"], "required: checkpoint"),
+])
+def test_bad_commands(tmp_path, capsys, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *args)
+    assert code == 2 and message in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    code, _, err = run(capsys, "sample", checkpoint, "--labels", "0", "--out", tmp_path / "taken")
+    assert code == 2 and "taken" in err and err.count("\n") == 1
+
+
+def test_info_and_convert(checkpoint, tmp_path, capsys):
+    code, out, _ = run(capsys, "info", checkpoint)
+    assert code == 0 and "K = 3" in out and "tabby cat" in out
+    copy = tmp_path / "copy.safetensors"
+    assert run(capsys, "convert", checkpoint, copy)[0] == 0
+    for name, value in load_file(checkpoint).items():
+        assert torch.equal(load_file(copy)[name], value)
+
+
+def test_help_and_exit_codes_of_the_real_command(tmp_path):
+    shown = subprocess.run([sys.executable, "-m", "gmflow_core", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "demo" in shown.stdout
+    bad = subprocess.run([sys.executable, "-m", "gmflow_core", "sample"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "Traceback" not in bad.stderr and bad.stderr.count("\n") == 1
+
+
+def test_demo_draws_its_pictures(tmp_path, capsys):
+    code, out, _ = run(capsys, "demo", "--out", tmp_path)
+    assert code == 0 and BUNDLED.exists()
+    for name in ("solvers.png", "guidance.png", "beliefs.png"):
+        assert str(tmp_path / name) in out
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 300

@@ -1,0 +1,231 @@
+"""Training: what a step optimises, exact resume, files that are whole or absent, clear refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig, load_checkpoint
+from train.config import PRESETS, TrainConfig, override
+from train.data import INKS, Checkerboard, Digits
+from train.trainer import CHECKPOINT, LOG, STATE, Trainer, build, learning_rate, losses, parameter_groups, step_generator
+
+CPU = torch.device("cpu")
+TINY = replace(
+    PRESETS["digits"],
+    model=GMDiTConfig(num_classes=10, num_gaussians=3, in_channels=3, sample_size=16, patch_size=4,
+                      num_layers=1, num_heads=2, head_dim=8, logstd_width=8),
+    spectrum=SpectrumConfig((3, 16, 16), (8, 4)), steps=6, batch_size=4, warmup=2, precision="float32",
+    log_every=1, sample_every=6, save_every=3,
+)
+
+
+def run(trainer: Trainer, until: int) -> list[dict]:
+    lines = []
+    while trainer.step < until:
+        lines.append(trainer.train_step())
+        trainer.log(lines[-1])
+    return lines
+
+
+def equal_states(a: Trainer, b: Trainer) -> bool:
+    pairs = [(a.nets, b.nets), (a.ema, b.ema)]
+    same = all(torch.equal(p, q) for x, y in pairs for p, q in zip(x.state_dict().values(), y.state_dict().values()))
+    moments = [[v for s in t.optimizer.state_dict()["state"].values() for v in s.values()] for t in (a, b)]
+    return same and all(torch.equal(p, q) for p, q in zip(*moments))
+
+
+def test_resume_is_identical_to_an_uninterrupted_run(tmp_path):
+    whole = Trainer(TINY, tmp_path / "whole", CPU)
+    expected = run(whole, 6)
+    first = Trainer(TINY, tmp_path / "cut", CPU)
+    run(first, 3)
+    first.save()
+    run(first, 5)  # work that is lost: the state on disk is that of step 3
+    second = Trainer(TINY, tmp_path / "cut", CPU)
+    assert second.step == 3
+    got = run(second, 6)
+    assert equal_states(whole, second)
+    for a, b in zip(expected[3:], got):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / LOG).read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]  # the lost lines are gone, not doubled
+
+
+def test_another_configuration_is_refused(tmp_path):
+    trainer = Trainer(TINY, tmp_path, CPU)
+    trainer.save()
+    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.001 there, 0.5 asked for\)"):
+        Trainer(replace(TINY, lr=0.5), tmp_path, CPU)
+
+
+def test_a_failed_save_leaves_the_previous_files(tmp_path, monkeypatch):
+    trainer = Trainer(TINY, tmp_path, CPU)
+    run(trainer, 1)
+    trainer.save()
+    before = {name: (tmp_path / name).read_bytes() for name in (STATE, CHECKPOINT)}
+    run(trainer, 2)
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save()
+    monkeypatch.undo()
+    assert {name: (tmp_path / name).read_bytes() for name in (STATE, CHECKPOINT)} == before
+    assert Trainer(TINY, tmp_path, CPU).step == 1
+
+
+def test_checkpoint_loads_and_holds_the_moving_average(tmp_path):
+    trainer = Trainer(TINY, tmp_path, CPU)
+    run(trainer, 4)
+    trainer.save()
+    checkpoint = load_checkpoint(tmp_path / CHECKPOINT)
+    assert checkpoint.config == TINY.model and checkpoint.spectrum is not None
+    assert checkpoint.class_names == tuple("0123456789")
+    assert checkpoint.training["step"] == 4 and checkpoint.training["images"] == 16
+    for name, value in trainer.ema["model"].state_dict().items():
+        assert torch.equal(checkpoint.model.state_dict()[name], value)
+        if value.numel() > 1000:
+            assert not torch.equal(trainer.nets["model"].state_dict()[name], value)
+
+
+def test_every_parameter_learns():
+    nets = build(TINY, CPU)
+    torch.manual_seed(0)
+    for p in nets.parameters():  # adaLN-Zero starts at zero and hides what lies behind it
+        p.data += 0.02 * torch.randn_like(p)
+    terms = losses(nets, TINY, Digits.load().batch(8, step_generator(0, 0)), step_generator(0, 1))
+    terms["loss"].mean().backward()
+    silent = [name for name, p in nets.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+
+
+def test_training_learns_the_checkerboard():
+    """200 small steps bring the NLL well below that of the initial mixture, towards the entropy of the data."""
+    config = replace(PRESETS["checkerboard"], model=GMMLPConfig(num_gaussians=16, width=64, num_layers=2),
+                     batch_size=512, lr=2e-3, ema_decay=0.9)
+    trainer = Trainer(config, None, CPU)
+    first = [trainer.train_step()["loss"] for _ in range(5)]
+    for _ in range(200):
+        last = trainer.train_step()["loss_smooth"]
+    assert last < sum(first) / 5 - 0.8
+
+
+def test_vanilla_loss_is_half_the_squared_error():
+    config = replace(TINY, loss="l2", spectrum=None, model=replace(TINY.model, num_gaussians=1, constant_logstd=0.0),
+                     label_dropout=0.0)
+    nets, batch = build(config, CPU), Digits.load().batch(4, step_generator(0, 0))
+    terms = losses(nets, config, batch, step_generator(0, 1))
+    g = step_generator(0, 1)
+    sigma = torch.sigmoid(config.time_mean + config.time_std * torch.randn(4, generator=g))
+    torch.rand(4, generator=g)  # label dropout
+    noise = torch.randn(4, 3, 16, 16, generator=g)
+    s = sigma[:, None, None, None]
+    u = nets["model"]((1 - s) * batch[0] + s * noise, sigma, batch[1])[:, :3]
+    expected = 0.5 * (u - (noise - batch[0])).square().sum(1).mean((1, 2))
+    torch.testing.assert_close(terms["loss"], expected)
+
+
+def test_label_dropout_uses_the_null_label(monkeypatch):
+    seen = []
+    nets = build(TINY, CPU)
+    forward = nets["model"].forward
+    monkeypatch.setattr(nets["model"], "forward", lambda x, s, labels: seen.append(labels) or forward(x, s, labels))
+    batch = Digits.load().batch(500, step_generator(0, 0))
+    losses(nets, replace(TINY, label_dropout=0.2), batch, step_generator(0, 1))
+    dropped = seen[0] == 10
+    assert 60 < dropped.sum() < 140 and torch.equal(seen[0][~dropped], batch[1][~dropped])
+
+
+def test_schedule_and_groups():
+    config = replace(TINY, warmup=10, steps=100, lr=1.0)
+    assert learning_rate(config, 0) == pytest.approx(0.1, rel=1e-3)
+    assert learning_rate(config, 50) == pytest.approx(0.5)
+    assert learning_rate(config, 99) < 0.001
+    assert learning_rate(replace(config, lr_decay="constant"), 99) == 1.0
+    decayed, bare = parameter_groups(build(TINY, CPU), 0.1)
+    assert decayed["weight_decay"] == 0.1 and bare["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in bare["params"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    trainer = Trainer(TINY, None, CPU)
+    trainer.nets["model"].proj_out_2.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+        trainer.train_step()
+
+
+def test_digits_are_inked():
+    data = Digits.load()
+    assert data.grey.shape == (1797, 1, 16, 16) and 0 <= data.grey.min() and data.grey.max() <= 1
+    images, labels = data.batch(64, step_generator(0, 0))
+    again, _ = data.batch(64, step_generator(0, 0))
+    assert images.shape == (64, 3, 16, 16) and torch.equal(images, again) and labels.max() < 10
+    rgb = (images + 1) / 2
+    for image in rgb:  # every pixel is a grey level times one of the six inks
+        level = image.amax()
+        ink = (image.flatten(1)[:, image.amax(0).argmax()] / level > 0.5).float()
+        assert tuple(ink.int().tolist()) in INKS.values()
+        torch.testing.assert_close(image, image.amax(0) * ink[:, None, None])
+
+
+def test_checkerboard_support():
+    points, labels = Checkerboard.load().batch(20_000, step_generator(0, 0))
+    assert labels is None and points.abs().max() <= 4
+    cells = ((points + 4) / 2).long()
+    assert (cells.sum(1) % 2 == 0).all()
+    counts = torch.bincount(cells[:, 0] * 4 + cells[:, 1], minlength=16)
+    assert (counts > 0).sum() == 8 and counts[counts > 0].min() > 2200
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("steps", "takes key=value"),
+    ("speed=3", "no field 'speed'; there are data"),
+    ("model.width=3", "no field 'width'"),
+    ("steps=many", "steps takes a int, got 'many'"),
+    ("steps=0", "steps must be >= 1"),
+    ("model.num_layers=0", "num_layers must be a whole number >= 1"),
+    ("transition_ratio=0", r"must be in \(0, 1\]"),
+    ("loss=l1", "loss must be one of transition, l2"),
+    ("loss=l2", "needs model.num_gaussians=1"),
+    ("lr.x=1", "lr has no fields"),
+])
+def test_bad_settings_are_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        override(PRESETS["digits"], [setting])
+
+
+def test_override_reaches_into_the_model():
+    config = override(PRESETS["digits"], ["model.num_layers=2", "lr=1", "betas=[0.8, 0.9]"])
+    assert config.model.num_layers == 2 and config.lr == 1.0 and config.betas == (0.8, 0.9)
+    assert isinstance(config, TrainConfig)
+
+
+def command(*args: str, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "train", *args], cwd=cwd, capture_output=True, text=True)
+
+
+def test_command_trains_saves_and_goes_on(tmp_path):
+    small = ["--preset", "digits", "--out", str(tmp_path / "run"), "--threads", "1", "--set", "batch_size=2",
+             "--set", "model.num_layers=1", "--set", "steps=2", "--set", "log_every=1", "--set", "warmup=0"]
+    done = command(*small, "--export", str(tmp_path / "out.safetensors"), cwd=os.getcwd())
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {STATE, CHECKPOINT, LOG, "samples-000002.png"}
+    exported = load_checkpoint(tmp_path / "out.safetensors", dtype=None)
+    assert next(exported.model.parameters()).dtype == torch.float16
+    again = command(*small, cwd=os.getcwd())
+    assert again.returncode == 0 and str(tmp_path / "run" / CHECKPOINT) in again.stdout
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = command("--preset", "checkerboard", "--dry-run", "--out", str(tmp_path / "run"), cwd=os.getcwd())
+    assert done.returncode == 0 and '"data": "checkerboard"' in done.stdout and "parameters on cpu" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_refuses_in_one_line(tmp_path):
+    done = command("--preset", "digits", "--set", "lr=-1", "--out", str(tmp_path / "run"), cwd=os.getcwd())
+    assert done.returncode == 2 and done.stderr == "error: lr must be > 0, got -1.0\n"
+    assert not (tmp_path / "run").exists()
