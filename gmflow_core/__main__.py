@@ -43,6 +43,7 @@ def build_parser() -> Parser:
 
     info = commands.add_parser("info", help="what a checkpoint holds")
     info.add_argument("checkpoint", type=Path)
+    info.add_argument("--heads", type=number(int, 1), help="attention heads, where the file does not say")
 
     convert = commands.add_parser("convert", help="any readable checkpoint to one .safetensors of ours")
     convert.add_argument("source", type=Path)
@@ -104,7 +105,7 @@ def run_sample(args) -> None:
 def run_info(args) -> None:
     from .checkpoint import format_info, identify
 
-    print(format_info(identify(args.checkpoint)))
+    print(format_info(identify(args.checkpoint, heads=args.heads)))
 
 
 def run_convert(args) -> None:

@@ -1,4 +1,4 @@
-r"""Checkpoints: one ``.safetensors`` that says everything a loader needs (DESIGN 8).
+r"""Checkpoints: one ``.safetensors`` that says everything a loader needs.
 
 The model's parameters lie under their own names, which are those of diffusers' DiT; the spectrum
 network's under ``spectrum.``. The metadata's key ``gmflow`` holds JSON: ``format`` (a version),

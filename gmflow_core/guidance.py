@@ -19,14 +19,15 @@ from .mixture import Gaussian, GaussianMixture, space_axes
 class Guided:
     """A guided x_0 posterior, and what it was made from.
 
-    ``base`` tilted by N(m_c + bias, v_c (1 - scale^2)) / N(m_c, v_c) gives ``posterior``, where
-    ``anchor`` = N(m_c, v_c) with one variance per sample. Without guidance ``base`` is ``posterior``
-    and ``bias`` is None.
+    ``base`` tilted by ``target`` / ``anchor`` gives ``posterior``: anchor = N(m_c, v_c) with one variance
+    per sample, target = N(m_c + bias, v_c (1 - scale^2)). Without guidance ``base`` is ``posterior``,
+    ``target`` is ``anchor`` and ``bias`` is None.
     """
 
     posterior: GaussianMixture
     base: GaussianMixture
     anchor: Gaussian              # mean (B,C,*S), var (B,1,*1)
+    target: Gaussian              # likewise
     bias: Tensor | None = None    # (B,C,*S)
     scale: float = 0.0            # w
 
@@ -45,23 +46,28 @@ def mean_square(x: Tensor) -> Tensor:
 
 def unguided(posterior: GaussianMixture) -> Guided:
     """No guidance: the posterior as it is."""
-    return Guided(posterior, posterior, moment_anchor(posterior))
+    anchor = moment_anchor(posterior)
+    return Guided(posterior, posterior, anchor, anchor)
 
 
-def tilt_toward(base: GaussianMixture, anchor: Gaussian, bias: Tensor) -> GaussianMixture:
-    r"""Tilt ``base`` by N(m', v') / N(m_c, v_c) with m' = m_c + bias and v' = v_c (1 - mean(bias^2)/v_c).
+def biased_target(anchor: Gaussian, bias: Tensor) -> Gaussian:
+    r"""N(m', v') with m' = m_c + bias and v' = v_c (1 - mean(bias^2)/v_c).
 
     A bias stronger than v_c is rescaled to it: m' = m_c + bias sqrt(min(1, v_c/mean(bias^2))), and
-    v' stays at least 1e-6 v_c (the authors' floor: a product of Gaussians needs v' > 0). Paper, Eq. 12.
+    v' stays at least 1e-6 v_c (the authors' floor: a product of Gaussians needs v' > 0).
     """
     power = mean_square(bias) / anchor.var                                      # (B,1,*1)
     bias = bias * power.clamp(min=1).rsqrt()
-    target = Gaussian(anchor.mean + bias, anchor.var * (1 - power).clamp(min=1e-6))
+    return Gaussian(anchor.mean + bias, anchor.var * (1 - power).clamp(min=1e-6))
+
+
+def tilt_toward(base: GaussianMixture, anchor: Gaussian, target: Gaussian) -> GaussianMixture:
+    """Tilt ``base`` by target / anchor: were base its anchor, it would become the target."""
     return base.tilt(target.factor() - anchor.factor())
 
 
 def guidance_bias(cond: Gaussian, uncond_mean: Tensor, scale: float, orthogonal: float = 1.0) -> Tensor:
-    r"""bias = w sqrt(v_c / mean(d^2)) d, with d = m_c - m_u - o (<d, m_c>/<m_c, m_c>) m_c (paper, Eq. 11; APG).
+    r"""bias = w sqrt(v_c / mean(d^2)) d, with d = m_c - m_u - o (<d, m_c>/<m_c, m_c>) m_c (GMFlow, probabilistic guidance; projection as in APG).
 
     Where the two means agree exactly there is no direction to go and the bias is zero. (B,C,*S)
     """
@@ -81,9 +87,9 @@ def guide_probabilistic(cond: GaussianMixture, uncond: GaussianMixture, scale: f
         return unguided(cond)
     anchor = moment_anchor(cond)
     bias = guidance_bias(anchor, uncond.mean(), scale, orthogonal)
-    # v' = v_c (1 - w^2) is what tilt_toward makes of this bias, save where the bias vanishes.
+    # Not biased_target: v' is v_c (1 - w^2) even where the bias vanishes because the two means agree.
     target = Gaussian(anchor.mean + bias, anchor.var * (1 - scale**2))
-    return Guided(cond.tilt(target.factor() - anchor.factor()), cond, anchor, bias, scale)
+    return Guided(tilt_toward(cond, anchor, target), cond, anchor, target, bias, scale)
 
 
 def guide_cfg(cond: GaussianMixture, uncond: GaussianMixture, scale: float) -> Guided:

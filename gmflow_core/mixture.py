@@ -64,7 +64,7 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    r"""sum_k w_k N(mean_k, exp(2 log_std) I) over a C-vector at every pixel (paper, Eq. 5).
+    r"""sum_k w_k N(mean_k, exp(2 log_std) I) over a C-vector at every pixel.
 
     One standard deviation per sample, shared by components and pixels. ``log_weights`` must be
     normalised over K; build from raw logits with :meth:`from_logits`.
@@ -170,7 +170,7 @@ class GaussianMixture:
     # ---- the one operation ---------------------------------------------------------------------
 
     def tilt(self, factor: GaussianFactor) -> GaussianMixture:
-        r"""Multiply by exp(h.x - lambda |x|^2 / 2) and renormalise (paper, Appendix A; DESIGN 3).
+        r"""Multiply by exp(h.x - lambda |x|^2 / 2) and renormalise.
 
             mean_k <- (mean_k + v h) / (1 + lambda v)
             v      <- v / (1 + lambda v)

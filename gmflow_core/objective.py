@@ -17,7 +17,7 @@ MIN_SIGMA_GAP = 1e-7
 
 
 def mixture_nll(mixture: GaussianMixture, x: Tensor) -> Tensor:
-    r"""-log p(x) - (C/2) log 2 pi, summed over C and averaged over pixels (paper, Eq. 6): (B,)."""
+    r"""-log p(x) - (C/2) log 2 pi, summed over C and averaged over pixels (GMFlow, KL loss): (B,)."""
     nll = -mixture.log_prob(x) - 0.5 * mixture.channels * LOG_2PI
     return nll.flatten(1).mean(1) if nll.ndim > 1 else nll
 
@@ -35,7 +35,7 @@ def transition_pair(
 
 
 def transition_loss(velocity: GaussianMixture, x_high: Tensor, sigma: Tensor, x_low: Tensor, sigma_low: Tensor) -> Tensor:
-    r"""NLL of x_low under the predicted q(x_low | x_high) (paper, Eq. 7): (B,).
+    r"""NLL of x_low under the predicted q(x_low | x_high) (GMFlow, transition loss): (B,).
 
     At sigma_low = 0 it is the NLL of x_0 under the x_0 posterior: the plain KL loss.
     """
@@ -44,7 +44,7 @@ def transition_loss(velocity: GaussianMixture, x_high: Tensor, sigma: Tensor, x_
 
 
 def spectral_loss(velocity: GaussianMixture, x_0: Tensor, x_t: Tensor, sigma: Tensor, spectrum) -> Tensor:
-    r"""Gaussian NLL of the Hartley coefficients of z = KR^-1(u) under the predicted spectrum (paper, Eq. 14):
+    r"""Gaussian NLL of the Hartley coefficients of z = KR^-1(u) under the predicted spectrum (GMFlow, spectral sampling):
     C/2 mean(y^2 (exp(-log_power) - 1) + log_power), y = Hartley(z). No gradient reaches the mixture: (B,).
 
     u = (x_t - x_0)/sigma; ``spectrum`` maps the moment-matched Gaussian of the x_0 posterior to

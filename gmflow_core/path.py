@@ -14,7 +14,7 @@ from .mixture import GaussianFactor, GaussianMixture, per_sample
 
 
 def add_noise(x_0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    r"""x_t = (1 - s) x_0 + s e (paper, Eq. 1)."""
+    r"""x_t = (1 - s) x_0 + s e."""
     s = per_sample(sigma, x_0)
     return (1 - s) * x_0 + s * noise
 
@@ -42,7 +42,7 @@ def likelihood_factor(x_t: Tensor, sigma: float | Tensor) -> GaussianFactor:
 
 
 def reanchor_factor(x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor) -> GaussianFactor:
-    r"""What turns q(x_0 | x_src) into q(x_0 | x_tgt): the new likelihood over the old one (paper, Eq. 9):
+    r"""What turns q(x_0 | x_src) into q(x_0 | x_tgt): the new likelihood over the old one (GMFlow, GM-ODE):
     lambda = a_t^2/s_t^2 - a_s^2/s_s^2, h = a_t x_tgt/s_t^2 - a_s x_src/s_s^2."""
     return likelihood_factor(x_tgt, sigma_tgt) - likelihood_factor(x_src, sigma_src)
 
@@ -50,12 +50,12 @@ def reanchor_factor(x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sig
 def reanchor(
     posterior: GaussianMixture, x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor
 ) -> GaussianMixture:
-    r"""q(x_0 | x_tgt) from q(x_0 | x_src) without a network call (paper, Eq. 9). 0 < sigma_tgt <= sigma_src."""
+    r"""q(x_0 | x_tgt) from q(x_0 | x_src) without a network call. 0 < sigma_tgt <= sigma_src."""
     return posterior.tilt(reanchor_factor(x_src, sigma_src, x_tgt, sigma_tgt))
 
 
 def transition_coefficients(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""(c_x, c_0, c_e) of x_next = c_x x_t + c_0 x_0 + c_e e, the reverse transition (paper, Eq. 4):
+    r"""(c_x, c_0, c_e) of x_next = c_x x_t + c_0 x_0 + c_e e, the reverse transition (DDPM's, on this path):
     with r = (s_n/s)(a/a_n), b = 1 - r^2:  c_x = r s_n/s,  c_0 = b a_n,  c_e = sqrt(b) s_n.  s_n < 1 or s_n = s."""
     a, a_next = 1 - sigma, 1 - sigma_next
     r = (sigma_next / sigma) * (a / a_next)
@@ -66,7 +66,7 @@ def transition_coefficients(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, 
 def reverse_transition(
     posterior: GaussianMixture, x_t: Tensor, sigma: float | Tensor, sigma_next: float | Tensor
 ) -> GaussianMixture:
-    r"""q(x_next | x_t) as a mixture: the kernel applied to each component of the posterior (paper, Eq. 8):
+    r"""q(x_next | x_t) as a mixture: the kernel applied to each component of the posterior (GMFlow, GM-SDE):
     mean_k <- c_x x_t + c_0 mean_k, v <- c_0^2 v + c_e^2."""
     s, s_next = per_sample(sigma, posterior.means), per_sample(sigma_next, posterior.means)
     c_x, c_0, c_e = transition_coefficients(s, s_next)
@@ -76,7 +76,7 @@ def reverse_transition(
 
 
 def reverse_step(x_t: Tensor, x_0: Tensor, noise: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    r"""One draw of x_next ~ q(x_next | x_t, x_0): c_x x_t + c_0 x_0 + c_e e (paper, Eq. 4)."""
+    r"""One draw of x_next ~ q(x_next | x_t, x_0): c_x x_t + c_0 x_0 + c_e e."""
     s, s_next = torch.tensor(sigma, dtype=torch.float64), torch.tensor(sigma_next, dtype=torch.float64)
     c_x, c_0, c_e = (float(c) for c in transition_coefficients(s, s_next))
     return c_x * x_t + c_0 * x_0 + c_e * noise

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def shift_time(t: Tensor | float, shift: float) -> Tensor | float:
-    r"""sigma = m t / (1 + (m - 1) t): raw time to sigma under time shift m > 0 (Esser et al. 2024, Eq. 23)."""
+    r"""sigma = m t / (1 + (m - 1) t): raw time to sigma under time shift m > 0 (Esser et al. 2024)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -42,7 +42,7 @@ def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0) -> Tensor:
 
 
 def default_substeps(steps: int) -> int:
-    """ceil(128 / N): 4 at 32 steps and 16 at 8, as published (paper, Section 5)."""
+    """ceil(128 / N): 4 at 32 steps and 16 at 8, as published."""
     return -(-128 // steps)
 
 

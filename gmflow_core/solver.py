@@ -1,4 +1,4 @@
-r"""GM-ODE and GM-SDE: few-step solvers that read a whole mixture from each network call (paper, Section 4.2-4.3).
+r"""GM-ODE and GM-SDE: few-step solvers that read a whole mixture from each network call (GMFlow).
 
 A solver is a plain function of a denoiser, a noisy x and sigmas s_0 > ... > s_N >= 0. Randomness is
 injected, history is a value. Shapes: B batch, C channels, ``*S`` space, ``*1`` ones in its place.
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .guidance import Guided, mean_square, moment_anchor, tilt_toward
+from .guidance import Guided, biased_target, mean_square, tilt_toward
 from .mixture import Gaussian, GaussianMixture
 from .path import add_noise, likelihood_factor, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
 from .spectral import color_noise, gaussian_to_mixture
 
 NoiseSampler = Callable[[float, float], Tensor]  # (sigma, sigma_next) -> standard normal like x
-Spectrum = Callable[[Gaussian], Tensor]          # moment-matched posterior -> log power (B,C,*S)
+Spectrum = Callable[[Gaussian], Tensor]          # Gaussian that the posterior was tilted toward -> log power (B,C,*S)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +81,8 @@ class SecondOrder:
 
 def correct(
     guided: Guided, x: Tensor, sigma: float, step: float, history: SolverHistory | None, options: SecondOrder
-) -> GaussianMixture:
-    r"""The posterior corrected to second order (paper, Section 4.3):
+) -> tuple[GaussianMixture, Gaussian]:
+    r"""The posterior corrected to second order (GMFlow, second-order solvers), and the N(m', v') it was tilted toward:
 
         bias = k (m - m_prev) sqrt(max(0, 1 - v_c ((w c_b)^2 + c_a)/h_prev^2)) + guidance bias, k = h/(2 h_prev),
 
@@ -90,17 +90,18 @@ def correct(
     One tilt of the conditional mixture carries guidance and correction together.
     """
     if history is None:
-        return guided.posterior
+        return guided.posterior, guided.target
     mean = guided.posterior.mean()
     mean_prev = history.posterior.tilted_mean(reanchor_factor(history.x, history.sigma, x, sigma))
     doubt = guided.anchor.var * ((guided.scale * options.c_b) ** 2 + options.c_a) / history.step**2
     difference = (mean - mean_prev) * ((1 - doubt).clamp(min=0).sqrt() * (step / (2 * history.step)))
     bias = difference if guided.bias is None else difference + guided.bias
-    posterior = tilt_toward(guided.base, guided.anchor, bias)
+    target = biased_target(guided.anchor, bias)
+    posterior = tilt_toward(guided.base, guided.anchor, target)
     if options.correction_steps:
         wanted = difference + mean - guided.anchor.mean
         posterior = match_mean(guided, posterior, bias, wanted, options.correction_steps)
-    return posterior
+    return posterior, target
 
 
 def match_mean(guided: Guided, posterior: GaussianMixture, bias: Tensor, wanted: Tensor, steps: int) -> GaussianMixture:
@@ -113,7 +114,7 @@ def match_mean(guided: Guided, posterior: GaussianMixture, bias: Tensor, wanted:
         got = posterior.mean() - guided.anchor.mean
         ratio = bias.norm(dim=1, keepdim=True) / got.norm(dim=1, keepdim=True)
         bias = bias - (got - wanted) * torch.nan_to_num(ratio, nan=1.0).clamp(max=1)
-        posterior = tilt_toward(guided.base, guided.anchor, bias)
+        posterior = tilt_toward(guided.base, guided.anchor, biased_target(guided.anchor, bias))
         bias = clip_bias(bias, guided.anchor)
     return posterior
 
@@ -139,10 +140,10 @@ def sample_gm_ode(
     r"""Solve the probability-flow ODE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
     Between network calls the posterior is re-anchored analytically at each of ``substeps``, uniform
-    in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (paper, Algorithm 2).
+    in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (GMFlow, GM-ODE).
     """
 
-    def advance(x: Tensor, posterior: GaussianMixture, sigma: float, sigma_next: float) -> Tensor:
+    def advance(x: Tensor, posterior: GaussianMixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
         source = likelihood_factor(x, sigma) if substeps > 1 else None
         grid = substep_sigmas(sigma, sigma_next, substeps, shift)
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
@@ -173,17 +174,17 @@ def sample_gm_sde(
 ) -> Tensor:
     r"""Solve the reverse SDE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
-    Each step draws x0_hat from the posterior and x_next from q(x_next | x, x0_hat) (paper, Algorithm 1).
+    Each step draws x0_hat from the posterior and x_next from q(x_next | x, x0_hat) (GMFlow, GM-SDE).
     ``noise_sampler`` is called exactly twice a step, first for x0_hat, then for the transition; the
     default draws from torch's global generator. ``spectrum`` colours the first draw.
     """
     if noise_sampler is None:
         noise_sampler = lambda sigma, sigma_next: torch.randn_like(x)  # noqa: E731
 
-    def advance(x: Tensor, posterior: GaussianMixture, sigma: float, sigma_next: float) -> Tensor:
+    def advance(x: Tensor, posterior: GaussianMixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
         z = noise_sampler(sigma, sigma_next)
         if spectrum is not None:
-            z = color_noise(z, spectrum(moment_anchor(posterior)))
+            z = color_noise(z, spectrum(target))
         x_0 = gaussian_to_mixture(posterior, z)
         x = reverse_step(x, x_0, noise_sampler(sigma, sigma_next), sigma, sigma_next)
         return x if inpaint is None else inpaint(x, sigma_next)
@@ -202,12 +203,12 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
     for i, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
         step = sigma - sigma_next
         guided = denoiser(x, sigma)
-        posterior = correct(guided, x, sigma, step, history if order == 2 else None, second_order)
+        posterior, target = correct(guided, x, sigma, step, history if order == 2 else None, second_order)
         posterior = posterior.temperature(temperature)
         if callback is not None:
             callback(StepInfo(i, len(grid) - 1, sigma, sigma_next, x, guided, posterior))
         history = SolverHistory(guided.posterior, x, sigma, step)
-        x = advance(x, posterior, sigma, sigma_next)
+        x = advance(x, posterior, target, sigma, sigma_next)
     return x
 
 

@@ -2,7 +2,7 @@ r"""Spectral sampling: Gaussian noise of a given spectrum, carried to a mixture 
 
 Coloured noise = Hartley transform of white noise scaled by a power spectrum; the Knothe-Rosenblatt
 map then turns a standard normal at each pixel into a draw of that pixel's mixture, so spatial
-correlation of the noise becomes spatial correlation of the draw (paper, Section 4.4 and Appendix B).
+correlation of the noise becomes spatial correlation of the draw (GMFlow, spectral sampling).
 Shapes: B batch, K components, C channels, ``*S`` space.
 """
 
@@ -36,7 +36,8 @@ def principal_axes(mixture: GaussianMixture) -> Tensor:
     Each column's sign makes its largest entry positive, so that a draw does not depend on the
     linear algebra library. Computed on the CPU, in float32: some devices have no eigendecomposition.
     """
-    covariance = mixture.covariance().detach()
+    # A mixture of NaNs gives draws of NaNs, not an error from the eigensolver.
+    covariance = mixture.covariance().detach().nan_to_num()
     axes = torch.linalg.eigh(covariance.float().cpu()).eigenvectors.flip(-1)
     largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
     return (axes * largest.sign()).to(covariance)

@@ -59,7 +59,10 @@ def test_no_labels_are_the_null_label_and_need_no_guidance(network, x):
 def test_guidance_asks_for_both_and_does_not_mix_them_up(network, x, method, scale):
     got = GMDenoiser(network, torch.tensor([3, 7]), scale, 0.5, method=method)(x, 0.8).posterior
     cond, uncond = posterior(network, x, 0.8, [3, 7]), posterior(network, x, 0.8, [NULL, NULL])
-    guided = guide_probabilistic(cond, uncond, scale, 0.5) if method == "probabilistic" else guide_cfg(cond, uncond, scale)
+    if method == "probabilistic":
+        guided = guide_probabilistic(cond, uncond, scale, 0.5)
+    else:
+        guided = guide_cfg(cond, uncond, scale)
     assert_same_mixture(got, guided.posterior, 1e-5)
 
 
@@ -110,7 +113,8 @@ def test_one_label_per_image(network, x):
 @pytest.mark.parametrize("kwargs, word", [
     (dict(guidance=1.0), "not a CFG scale"), (dict(guidance=-0.1), "guidance"), (dict(orthogonal=2.0), "orthogonal"),
     (dict(method="vanilla"), "method"), (dict(method="cfg", guidance=0.5), "CFG scale"),
-    (dict(interval=(0.3, 0.9)), "interval"), (dict(interval=(1.5, 0.0)), "interval"), (dict(interval=(1.0, -0.1)), "interval"),
+    (dict(interval=(0.3, 0.9)), "interval"), (dict(interval=(1.5, 0.0)), "interval"),
+    (dict(interval=(1.0, -0.1)), "interval"),
 ])
 def test_bad_settings_are_refused(network, kwargs, word):
     with pytest.raises(ValueError, match=word):

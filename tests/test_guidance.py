@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gmflow_core import GaussianMixture, guide_cfg, guide_probabilistic, probabilistic_guidance, unguided
-from gmflow_core.guidance import guidance_bias, moment_anchor, tilt_toward
+from gmflow_core.guidance import biased_target, guidance_bias, moment_anchor, tilt_toward
 from oracle import log_density, random_mixture
 from recorded import assert_close, assert_same_mixture, load, mixture
 
@@ -150,8 +150,9 @@ def test_zero_conditional_mean_is_finite(rng):
 def test_tilt_toward_agrees_with_guidance_and_bounds_the_bias(rng):
     cond, uncond = pair(rng)
     guided = guide_probabilistic(cond, uncond, 0.6)
-    assert_same_mixture(tilt_toward(cond, guided.anchor, guided.bias), guided.posterior, 1e-10)
-    strong = tilt_toward(cond, guided.anchor, 50 * guided.bias)  # rescaled to v_c, variance at its floor
+    assert_same_mixture(tilt_toward(cond, guided.anchor, guided.target), guided.posterior, 1e-10)
+    torch.testing.assert_close(biased_target(guided.anchor, guided.bias).var, guided.target.var)
+    strong = tilt_toward(cond, guided.anchor, biased_target(guided.anchor, 50 * guided.bias))  # rescaled to v_c, variance at its floor
     anchor, unit = guided.anchor, guided.bias / 0.6
     precision = 1 / (anchor.var * 1e-6) - 1 / anchor.var
     expected_var = cond.var / (1 + precision * cond.var)

@@ -83,5 +83,8 @@ def test_importing_the_package_loads_nothing_else():
 
 def test_the_walker_sees_what_it_must():
     """Imports in functions, under conditions, by name."""
-    source = "def f():\n import comfy.utils\nif 1:\n from nodes import x\nimportlib.import_module('folder_paths')\nfrom ..a import b"
+    source = "\n".join([
+        "def f():", " import comfy.utils", "if 1:", " from nodes import x",
+        "importlib.import_module('folder_paths')", "from ..a import b",
+    ])
     assert sorted(imports(ast.parse(source))) == [(0, "comfy.utils"), (0, "folder_paths"), (0, "nodes"), (2, "a")]

@@ -12,7 +12,9 @@ from gmflow_core.model.layers import sdpa, sincos_positions, timestep_features
 from recorded import assert_close, assert_same_mixture, load, mixture, small_config, small_network
 
 TIMES = ["t1000", "t731", "t250", "t1", "t0", "tmix"]
-TINY = GMDiTConfig(num_classes=5, num_gaussians=3, in_channels=2, sample_size=4, num_layers=2, num_heads=2, head_dim=8, logstd_width=8)
+TINY = GMDiTConfig(
+    num_classes=5, num_gaussians=3, in_channels=2, sample_size=4, num_layers=2, num_heads=2, head_dim=8, logstd_width=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,10 @@ def test_recorded_activations(network):
         "emb": network.emb, "block0.attn1": network.transformer_blocks[0].attn1,
         "block0": network.transformer_blocks[0], "block1": network.transformer_blocks[1],
     }
-    hooks = [m.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out})) for name, m in modules.items()]
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        for name, module in modules.items()
+    ]
     network(r["x_t"], r["tmix.timestep"] / 1000, r["labels"])
     for hook in hooks:
         hook.remove()
@@ -148,8 +153,8 @@ def test_bad_inputs_are_refused(tiny, shape):
 
 
 @pytest.mark.parametrize("bad", [
-    dict(num_gaussians=0), dict(num_layers=1.5), dict(num_heads=True), dict(sample_size=5), dict(num_heads=1, head_dim=6),
-    dict(constant_logstd="x"),
+    dict(num_gaussians=0), dict(num_layers=1.5), dict(num_heads=True), dict(sample_size=5),
+    dict(num_heads=1, head_dim=6), dict(constant_logstd="x"),
 ])
 def test_bad_configs_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -40,7 +40,8 @@ def test_denoise_keeps_the_last_intervals():
 
 @pytest.mark.parametrize("kwargs, word", [
     (dict(steps=0), "steps"), (dict(steps=2.5), "steps"), (dict(steps=4, shift=0.0), "shift"),
-    (dict(steps=4, shift=-1.0), "shift"), (dict(steps=4, denoise=0.0), "denoise"), (dict(steps=4, denoise=1.1), "denoise"),
+    (dict(steps=4, shift=-1.0), "shift"), (dict(steps=4, denoise=0.0), "denoise"),
+    (dict(steps=4, denoise=1.1), "denoise"),
 ])
 def test_bad_grids_are_refused(kwargs, word):
     with pytest.raises(ValueError, match=word):

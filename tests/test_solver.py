@@ -241,7 +241,9 @@ def never(x, sigma):
 
 
 @solvers
-@pytest.mark.parametrize("sigmas", [[0.5], [], [0.5, 0.7], [0.5, 0.5, 0.0], [1.2, 0.5], [0.5, -0.1], [math.nan, 0.0]], ids=str)
+@pytest.mark.parametrize(
+    "sigmas", [[0.5], [], [0.5, 0.7], [0.5, 0.5, 0.0], [1.2, 0.5], [0.5, -0.1], [math.nan, 0.0]], ids=str
+)
 def test_bad_sigmas_are_refused(x, solver, sigmas):
     with pytest.raises(ValueError, match="sigmas must"):
         run(solver, never, x, torch.tensor(sigmas))
@@ -264,6 +266,7 @@ def test_a_bad_temperature_is_refused(x):
 
 def test_unguided_denoisers_may_have_one_component(x):
     def denoiser(x, sigma):
-        return unguided(GaussianMixture(0.5 * x.unsqueeze(1), torch.zeros_like(x[:, None, :1]), torch.zeros(3, 1, 1, 1, 1)))
+        logits = torch.zeros_like(x[:, None, :1])
+        return unguided(GaussianMixture(0.5 * x.unsqueeze(1), logits, torch.zeros(3, 1, 1, 1, 1)))
 
     assert run("sde2", denoiser, x, flow_sigmas(3)).isfinite().all()

@@ -54,7 +54,8 @@ def test_one_network_step_follows_the_exact_flow(prior, x, shift):
     the flow of the whole time span; Richardson's extrapolation 2 x_2n - x_n then errs by O(1/n^2)."""
     exact = exact_flow(prior, x, 0.95, 0.02)
     runs = [
-        sample_gm_ode(prior.denoiser, x, grid(0.95, 0.02), order=1, substeps=n, shift=shift) for n in (64, 128, 256, 512)
+        sample_gm_ode(prior.denoiser, x, grid(0.95, 0.02), order=1, substeps=n, shift=shift)
+        for n in (64, 128, 256, 512)
     ]
     errors = [(run - exact).norm().item() for run in runs]
     assert all(0.95 < s < 1.05 for s in slopes(errors)), slopes(errors)

@@ -16,7 +16,9 @@ from gmflow_core import (
 )
 from gmflow_core import solver as solver_module
 from gmflow_core.path import reanchor_factor, reverse_step
-from recorded import LABELS, assert_close, assert_same_mixture, load, mixture, recorded_axes, small_network, small_spectrum
+from recorded import (
+    LABELS, assert_close, assert_same_mixture, load, mixture, recorded_axes, small_network, small_spectrum,
+)
 
 ODE_RUNS = sorted(name[: -len(".final")] for name in load("gm_ode") if name.endswith(".final"))
 ODE_TRACES = sorted(name[: -len(".x_t")] for name in load("gm_ode") if name.endswith(".x_t"))
@@ -113,7 +115,8 @@ def test_gm_ode_steps_between_network_calls(network, name):
     x_t, grid = torch.cat([r[name + ".x_t"], r[name + ".final"][None]]), run.sigmas()
     for i in range(run.steps):
         got = sample_gm_ode(
-            run.denoiser(network), x_t[i * run.substeps], grid[i : i + 2], order=1, substeps=run.substeps, shift=run.shift
+            run.denoiser(network), x_t[i * run.substeps], grid[i : i + 2], order=1, substeps=run.substeps,
+            shift=run.shift,
         )
         assert_close(got, x_t[(i + 1) * run.substeps], 2e-5)
 

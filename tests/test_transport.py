@@ -22,7 +22,9 @@ def orthonormal(axes):
     return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
-@pytest.mark.parametrize("k, c, spread", [(1, 4, 1.0), (8, 4, 1.0), (8, 4, 3.0), (64, 2, 2.0), (3, 1, 2.0), (20, 20, 1.0)])
+@pytest.mark.parametrize(
+    "k, c, spread", [(1, 4, 1.0), (8, 4, 1.0), (8, 4, 3.0), (64, 2, 2.0), (3, 1, 2.0), (20, 20, 1.0)]
+)
 def test_round_trip(rng, k, c, spread):
     """z -> x -> z in float32, 1e-4 as the rounding of x allows on mixtures without empty gaps."""
     m = ordinary(rng, k, c, spread)

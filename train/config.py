@@ -12,7 +12,7 @@ from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 class TrainConfig:
     """A training run. Lengths are in optimizer steps; a step is ``batch_size`` images.
 
-    The defaults of the objective and optimizer are the published image recipe (paper, Appendix D).
+    The defaults of the objective and optimizer are the published image recipe.
     """
 
     data: str                                # a name in train.data.DATASETS

@@ -1,4 +1,4 @@
-r"""GM-DiT: a diffusion transformer whose last layer speaks of mixtures (paper, Section 4.1)."""
+r"""GM-DiT: a diffusion transformer whose last layer speaks of mixtures (GMFlow, network)."""
 
 from __future__ import annotations
 

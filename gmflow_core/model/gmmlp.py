@@ -1,4 +1,4 @@
-r"""GMMLP: the mixture network for 2D data, an MLP on sin-cos features of position and time (paper, Appendix C)."""
+r"""GMMLP: the mixture network for 2D data, an MLP on sin-cos features of position and time (GMFlow, 2D experiments)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class SpectrumConfig:
 
 
 class SpectrumMLP(nn.Module):
-    r"""Gaussian(mean, var) (B,C,H,W) -> log_power (B,C,H,W), mean power one per channel (paper, Eq. 13).
+    r"""Gaussian(mean, var) (B,C,H,W) -> log_power (B,C,H,W), mean power one per channel (GMFlow, spectral sampling).
 
     The inputs are [mean of the variance, mean over channels of the spatial variance of the mean].
     """

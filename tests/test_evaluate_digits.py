@@ -1,0 +1,70 @@
+"""The figures of merit, on images whose answer is known."""
+
+import pytest
+import torch
+
+from train.data import INKS, Digits
+from train.evaluate_digits import (
+    grey8, hue_figures, hues, precision_recall, train_svm,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Digits.load()
+
+
+@pytest.fixture(scope="module")
+def real(data):
+    inks = torch.randint(6, (len(data.labels),), generator=torch.Generator().manual_seed(1))
+    return data.ink(data.grey, inks)
+
+
+def test_hue_is_colorsys(rng):
+    import colorsys
+
+    images = 2 * torch.rand(1, 3, 8, 8, generator=rng) - 1
+    hue, inked = hues(images)
+    for y in range(8):
+        for x in range(8):
+            rgb = ((images[0, :, y, x] + 1) / 2).tolist()
+            h, _, v = colorsys.rgb_to_hsv(*rgb)
+            if max(rgb) - min(rgb) > 0.1:
+                assert hue[0, y, x].item() == pytest.approx(360 * h, abs=1e-3)
+            assert inked[0, y, x].item() == (v >= 0.5)
+
+
+def test_real_digits_are_perfect(real):
+    figures = hue_figures(real)
+    assert figures["on_palette"] == 1 and figures["one_ink"] == 1
+    assert 0.14 < figures["ink_min"] < figures["ink_max"] < 0.19
+
+
+def test_hue_faults_show(data, real):
+    orange = data.ink(data.grey, torch.zeros(1797, dtype=torch.long))
+    orange[:, 1] = (orange[:, 0] + 1) / 2 - 1  # green at half of red: 30 degrees, off the palette
+    assert hue_figures(orange)["on_palette"] == 0
+    grey = data.grey.expand(-1, 3, -1, -1) * 2 - 1
+    assert hue_figures(grey)["on_palette"] == 0  # no hue at all is not on the palette
+    halves = real.clone()
+    halves[..., 8:] = real.roll(1, 0)[..., 8:]  # the right half from another image
+    figures = hue_figures(halves)
+    assert figures["on_palette"] == 1 and figures["one_ink"] < 0.9
+
+
+def test_svm_reads_inked_digits_it_never_saw(data):
+    part = Digits(data.grey[:1200], data.labels[:1200])
+    inks = torch.randint(len(INKS), (597,), generator=torch.Generator().manual_seed(2))
+    features = grey8(data.ink(data.grey[1200:], inks))
+    score = train_svm(part).score(features.numpy(), data.labels[1200:].numpy())
+    assert score > 0.94
+
+
+def test_precision_and_recall(real):
+    half, other = real[:600], real[600:1200]
+    same = precision_recall(half, other)
+    assert same["precision"] > 0.7 and same["recall"] > 0.7
+    noise = precision_recall(half, torch.randn(300, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert noise["precision"] == 0 and noise["recall"] == 0
+    one = precision_recall(half, half[:5].repeat(60, 1, 1, 1) + 1e-4)  # five images again and again
+    assert one["precision"] == 1 and one["recall"] < 0.1
