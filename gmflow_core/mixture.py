@@ -15,8 +15,8 @@ from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
 
-# Up to this many channels (components) a contraction runs as that many fused multiply-adds, which
-# read the means once and allocate nothing of their size; past it, one broadcast product is cheaper.
+# Up to this many channels an inner product runs as that many fused multiply-adds, which read the
+# means once and allocate nothing of their size; past it, one broadcast product is cheaper.
 _UNROLL = 16
 
 
@@ -47,6 +47,9 @@ class GaussianFactor:
 
     def __sub__(self, other: GaussianFactor) -> GaussianFactor:
         return GaussianFactor(self.precision - other.precision, self.shift - other.shift)
+
+    def __neg__(self) -> GaussianFactor:
+        return GaussianFactor(-self.precision, -self.shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +190,7 @@ class GaussianMixture:
         return GaussianMixture(means, self._tilted_logits(factor, shrink).log_softmax(dim=1), log_std)
 
     def tilted_mean(self, factor: GaussianFactor) -> Tensor:
-        """``tilt(factor).mean()`` in two passes over the means and nothing of their size allocated."""
+        """``tilt(factor).mean()`` without the tilted means: one inner product and one weighted sum of the given ones."""
         shrink = (1 + factor.precision * self.var).reciprocal()                 # (B,1,*1|*S)
         weights = self._tilted_logits(factor, shrink).softmax(dim=1)            # (B,K,1,*S)
         return torch.addcmul(_weighted_sum(weights, self.means), self.var, factor.shift) * shrink
@@ -224,10 +227,4 @@ def _inner(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
 
 def _weighted_sum(weights: Tensor, means: Tensor) -> Tensor:
     """sum_k w_k mean_k of (B,K,1,*S) and (B,K,C,*S), shape (B,C,*S)."""
-    if means.shape[1] > _UNROLL:
-        return (weights * means).sum(1)
-    (w_0, *w_rest), (mean_0, *mean_rest) = weights.unbind(1), means.unbind(1)
-    total = w_0 * mean_0
-    for w_k, mean_k in zip(w_rest, mean_rest):
-        total.addcmul_(w_k, mean_k)
-    return total
+    return (weights * means).sum(1)

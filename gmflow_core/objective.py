@@ -15,6 +15,10 @@ from .spectral import hartley, mixture_to_gaussian
 # 1e-4 of a timestep of 1000: the closest that the two ends of a training transition may come.
 MIN_SIGMA_GAP = 1e-7
 
+# A mixture trained by transitions may be over-confident of x_0, and squares of outliers would drown
+# the spectrum. The authors' float32 CDF cuts z here as well.
+Z_LIMIT = 4.8891
+
 
 def mixture_nll(mixture: GaussianMixture, x: Tensor) -> Tensor:
     r"""-log p(x) - (C/2) log 2 pi, summed over C and averaged over pixels (GMFlow, KL loss): (B,)."""
@@ -47,13 +51,13 @@ def spectral_loss(velocity: GaussianMixture, x_0: Tensor, x_t: Tensor, sigma: Te
     r"""Gaussian NLL of the Hartley coefficients of z = KR^-1(u) under the predicted spectrum (GMFlow, spectral sampling):
     C/2 mean(y^2 (exp(-log_power) - 1) + log_power), y = Hartley(z). No gradient reaches the mixture: (B,).
 
-    u = (x_t - x_0)/sigma; ``spectrum`` maps the moment-matched Gaussian of the x_0 posterior to
+    u = (x_t - x_0)/sigma, z cut at Z_LIMIT; ``spectrum`` maps the moment-matched Gaussian of the x_0 posterior to
     log_power (B,C,*S), see :class:`SpectrumMLP`.
     """
     with torch.no_grad():
         velocity = velocity.map(Tensor.detach)
         s = per_sample(sigma, x_0)
-        y = hartley(mixture_to_gaussian(velocity, (x_t - x_0) / s))
+        y = hartley(mixture_to_gaussian(velocity, (x_t - x_0) / s).clamp(-Z_LIMIT, Z_LIMIT))
         moments = velocity.moments()
         x_0_gaussian = Gaussian(x_t - s * moments.mean, s.square() * moments.var)
     log_power = spectrum(x_0_gaussian)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .mixture import GaussianMixture, space_axes
 
 _SQRT_HALF = math.sqrt(0.5)
+_HALF_ROOT_PI = 0.5 * math.sqrt(math.pi)
 _MAX_ITERATIONS = 100  # a bound: bisection alone closes a float32 bracket in fewer
 
 
@@ -114,8 +115,8 @@ def inverse_cdf(mu: Tensor, log_w: Tensor, z: Tensor) -> Tensor:
     units of sqrt(2), so that Phi is erfc / 2.
     """
     flip = torch.copysign(torch.full_like(z, _SQRT_HALF), -z)
-    mu, z = mu * flip, z.abs() * -_SQRT_HALF                                            # Phi(z) <= 1/2
-    points = mu, log_w, log_w.exp(), torch.special.erfc(-z).log()
+    mu, z = mu * flip, z.abs() * _SQRT_HALF                                             # to solve Phi(-z) <= 1/2
+    points = mu, log_w, log_w.exp(), torch.special.erfc(z).log()
     x, residual, left = _halley_steps(2, points, _moment_quantile(mu, points[2], z))
     if left.numel():
         points = tuple(v[..., left] for v in points)
@@ -127,59 +128,61 @@ def inverse_cdf(mu: Tensor, log_w: Tensor, z: Tensor) -> Tensor:
     return x * (2 * flip)
 
 
-# The equation of a number of points: mu, log_w, w (K,N) and the target log(2 Phi(z)) (N,).
+# The equation of a number of points: mu, log_w, w (K,N) and the target log(2 Phi(-z)) (N,).
 _Points = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _halley_steps(steps: int, points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x after some steps, the residual before the last of them, and which points that one did not settle."""
     for _ in range(steps):
-        residual, newton, bend = _halley(points, x)
-        x = x - newton / (1 - bend).clamp(min=0.5)
-    return x, residual, (~_settles(residual, newton, bend)).nonzero().squeeze(1)
+        x, residual, newton, bend = _halley_step(points, x)
+    return x, residual, (~_settled(residual, newton, bend)).nonzero().squeeze(1)
 
 
-def _halley(points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""What Halley's method x <- x - n / (1 - c) needs for g(x) = log(2 F(x)) - target, F as in :func:`inverse_cdf`:
+def _halley_step(points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Halley's method on g(x) = log(2 F(x)) - target, F as in :func:`inverse_cdf`:
 
-        g,  n = g/g' = g F/F',  c = n g''/(2 g') = (n F''/F' - g)/2;  all (N,).
+        x <- x - n / (1 + c/2),  n = g/g' = g F/F',  c = -n g''/g' = g - n F''/F';
+
+    the new x, g, n, c, all (N,). A step is at most twice Newton's and never against it.
     """
     mu, log_w, weights, target = points
     t = mu - x                                                                          # (K,N)
     kernel = torch.addcmul(log_w, t, t, value=-1).exp()                                 # (K,N)
     cdf = (weights * torch.special.erfc(t)).sum(0)                                      # 2 F
     pdf = kernel.sum(0)                                                                 # sqrt(pi) F'
-    half_slope = (kernel * t).sum(0)                                                    # sqrt(pi)/2 F''
+    bend = (kernel * t).sum(0) / pdf                                                    # F'' / 2 F'
     residual = cdf.log() - target
-    newton = residual * cdf / pdf * (0.5 * math.sqrt(math.pi))
-    return residual, newton, torch.sub(newton * (half_slope / pdf), residual, alpha=0.5)
+    newton = residual / (pdf / cdf)                                                     # n / half_root_pi
+    bend = torch.addcmul(residual, newton, bend, value=-2 * _HALF_ROOT_PI)
+    x = torch.addcdiv(x, newton, (2 + bend).clamp(min=1), value=-2 * _HALF_ROOT_PI)
+    return x, residual, newton, bend
 
 
-def _settles(residual: Tensor, newton: Tensor, bend: Tensor) -> Tensor:
-    """Whether a Halley step ends in the root: its error is about g (c^2 + n^2), as the components have unit width."""
-    error = residual.abs() * torch.addcmul(newton.square(), bend, bend)
-    return error < 8 * torch.finfo(error.dtype).eps
+def _settled(residual: Tensor, newton: Tensor, bend: Tensor) -> Tensor:
+    """Whether a Halley step ended in the root: its error is about g (c^2 + 4 n^2)/4, as the components have unit width."""
+    error = residual.abs() * torch.addcmul(bend.square(), newton, newton, value=4 * _HALF_ROOT_PI**2)
+    return error < 32 * torch.finfo(error.dtype).eps
 
 
 def _solve_bracketed(points: _Points, z: Tensor, x: Tensor, residual: Tensor) -> Tensor:
     """Halley's method that keeps the root in a bracket and bisects it where a step leaves it or fails to halve.
 
-    The root lies between z + min_k mu_k and z + max_k mu_k. Points whose ``residual`` was large start
+    The root lies between min_k mu_k - z and max_k mu_k - z. Points whose ``residual`` was large start
     again from where they would be if no components overlapped; points leave as they settle.
     """
     mu, _, weights, _ = points
     lost = ~(residual.abs() < 0.1)                                                      # or NaN
-    lo, hi = z + mu.amin(0), z + mu.amax(0)
+    lo, hi = mu.amin(0) - z, mu.amax(0) - z
     x = torch.where(lost, _separated_quantile(mu, weights, z), x).clamp(lo, hi)
     stride = hi - lo  # of the last step
     noise = 16 * torch.finfo(x.dtype).eps
     solution, index = x, torch.arange(x.numel(), device=x.device)
     for _ in range(_MAX_ITERATIONS):
-        residual, newton, bend = _halley(points, x)
+        new, residual, newton, bend = _halley_step(points, x)
         lo, hi = torch.where(residual < 0, x, lo), torch.where(residual > 0, x, hi)
-        new = x - newton / (1 - bend).clamp(min=0.5)
         inside = (new >= lo) & (new <= hi)                                              # False at NaN
-        settled, exact = inside & _settles(residual, newton, bend), residual.abs() <= noise
+        settled, exact = inside & _settled(residual, newton, bend), residual.abs() <= noise
         good = inside & (new != x) & ((new - x).abs() <= 0.5 * stride)
         new = torch.where(settled | good, new, 0.5 * (lo + hi))
         new = torch.where(exact & ~settled, x, new)
@@ -196,23 +199,23 @@ def _moment_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
     """The quantile of the moment-matched Gaussian: a first guess where components overlap. (N,)"""
     weighted = weights * mu
     mean = weighted.sum(0)
-    var = 1 + 2 * ((weighted * mu).sum(0) - mean.square()).clamp(min=0)
-    return torch.addcmul(mean, var.sqrt(), z)
+    between = torch.addcmul((weighted * mu).sum(0), mean, mean, value=-1)
+    return torch.addcmul(mean, z, (1 + 2 * between).clamp(min=1).sqrt(), value=-1)
 
 
 def _separated_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
     """The quantile if no components overlapped: a first guess where they do not. (N,)
 
-    It lies in the component k where the cumulative weight W passes Phi(z), at (Phi(z) - W_{k-1}) / w_k of it.
+    It lies in the component k where the cumulative weight W passes Phi(-z), at (Phi(-z) - W_{k-1}) / w_k of it.
     """
-    p = 0.5 * torch.special.erfc(-z)
+    p = 0.5 * torch.special.erfc(z)
     mu, order = mu.sort(0)
     weights = weights.gather(0, order)
     cumulative = weights.cumsum(0)
     k = (cumulative < p).sum(0, keepdim=True).clamp(max=mu.shape[0] - 1)
     mu_k, w_k, above = (v.gather(0, k).squeeze(0) for v in (mu, weights, cumulative))
     share = (1 - (above - p) / w_k).clamp(1e-6, 1 - 1e-6)
-    return torch.addcmul(mu_k, torch.special.ndtri(share), torch.full_like(z, _SQRT_HALF))
+    return mu_k + _SQRT_HALF * torch.special.ndtri(share)
 
 
 def _probit_of_cdf(t: Tensor, log_w: Tensor) -> Tensor:

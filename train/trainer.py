@@ -136,7 +136,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         limit = config.clip_norm if self.step >= config.clip_from else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.nets.parameters(), limit)
+        # Each network by itself: neither loss reaches the other's weights, so neither should scale its steps.
+        norms = {name: nn.utils.clip_grad_norm_(net.parameters(), limit).item() for name, net in self.nets.items()}
         lr = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -148,7 +149,7 @@ class Trainer:
         previous = numbers["loss"] if self.smooth_loss is None else self.smooth_loss
         self.smooth_loss = 0.98 * previous + 0.02 * numbers["loss"]
         numbers["loss_smooth"] = self.smooth_loss
-        return {"step": self.step, **numbers, **quartiles(terms), "grad_norm": norm.item(), "lr": lr, "seconds": self.seconds}
+        return {"step": self.step, **numbers, **quartiles(terms), "grad_norm": norms["model"], "lr": lr, "seconds": self.seconds}
 
     # ---- files ---------------------------------------------------------------------------------
 
