@@ -120,9 +120,9 @@ class GaussianMixture:
         return (2 * self.log_std).exp().squeeze(1)                              # (B,1,*1)
 
     @cached_property
-    def squared_norms(self) -> Tensor:
-        """|mean_k|^2, kept because every substep of a solver asks for it."""
-        return _inner(self.means, self.means)                                   # (B,K,1,*S)
+    def _half_norms(self) -> Tensor:
+        """-|mean_k|^2 / 2, kept because every substep of a solver asks for it."""
+        return -0.5 * _inner(self.means, self.means)                            # (B,K,1,*S)
 
     @cached_property
     def _mean(self) -> Tensor:
@@ -196,9 +196,8 @@ class GaussianMixture:
         return torch.addcmul(_weighted_sum(weights, self.means), self.var, factor.shift) * shrink
 
     def _tilted_logits(self, factor: GaussianFactor, shrink: Tensor) -> Tensor:
-        shift = factor.shift * shrink                                           # (B,C,*S)
-        half_precision = (-0.5 * factor.precision * shrink).unsqueeze(1)        # (B,1,1,*1|*S)
-        logits = torch.addcmul(self.log_weights, half_precision, self.squared_norms)
+        precision, shift = factor.precision * shrink, factor.shift * shrink     # (B,1,*1|*S), (B,C,*S)
+        logits = torch.addcmul(self.log_weights, precision.unsqueeze(1), self._half_norms)
         return _inner(self.means, shift.unsqueeze(1), logits)
 
     def temperature(self, t: float) -> GaussianMixture:
@@ -214,12 +213,12 @@ class GaussianMixture:
 
 
 def _inner(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
-    """start + sum_c a_c b_c over the channel axis of (B,K|1,C,*S) tensors, shape (B,K,1,*S)."""
+    """start + sum_c a_c b_c over the channel axis of (B,K|1,C,*S) tensors, shape (B,K,1,*S). ``start`` is overwritten."""
     if a.shape[2] > _UNROLL:
         total = (a * b).sum(2, keepdim=True)
         return total if start is None else start + total
     (a_0, *a_rest), (b_0, *b_rest) = a.unbind(2), b.unbind(2)
-    total = a_0 * b_0 if start is None else torch.addcmul(start.squeeze(2), a_0, b_0)
+    total = a_0 * b_0 if start is None else start.squeeze(2).addcmul_(a_0, b_0)
     for a_c, b_c in zip(a_rest, b_rest):
         total.addcmul_(a_c, b_c)
     return total.unsqueeze(2)

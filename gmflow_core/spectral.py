@@ -77,9 +77,9 @@ def gaussian_to_mixture(mixture: GaussianMixture, z: Tensor, axes: Tensor | None
     x = []
     for mu_j, z_j in zip(mu, _per_pixel(z)):
         if x:
-            log_w = _given(log_w, t)
+            log_w = _given(log_w, x[-1] - mu_last)
         x.append(inverse_cdf(mu_j, log_w, z_j))
-        t = x[-1] - mu_j
+        mu_last = mu_j
     x = _per_sample(torch.stack(x), z)
     return mixture.mean() + std * (axes @ x.reshape(*z.shape[:2], -1)).reshape(z.shape)
 
@@ -109,78 +109,81 @@ def inverse_cdf(mu: Tensor, log_w: Tensor, z: Tensor) -> Tensor:
     r"""Solve F(x) = sum_k w_k Phi(x - mu_k) = Phi(z) for x (N,), given mu, log_w (K,N) and z (N,).
 
     Halley's method from the moment-matched Gaussian: two steps settle nearly every point of a mixture
-    whose components overlap, a third those of the rest that were close, and :func:`_solve_bracketed`
-    what is left; it always converges. Points above the median are solved mirrored: F is then a lower
-    tail, which float32 holds to full relative precision for |z| < 12. Inside, coordinates are in
-    units of sqrt(2), so that Phi is erfc / 2.
+    whose components overlap, two more nearly all of the rest. What is left goes to :func:`_solve_bracketed`,
+    which always converges. Points below the median are mirrored, so that what is solved is the upper
+    tail, sum_k w_k Phi(mu_k - x) = Phi(-z) <= 1/2, which float32 holds to full relative precision for
+    z < 12. Inside, coordinates are in units of sqrt(2), so that Phi(-t) is erfc(t) / 2.
     """
-    flip = torch.copysign(torch.full_like(z, _SQRT_HALF), -z)
-    mu, z = mu * flip, z.abs() * _SQRT_HALF                                             # to solve Phi(-z) <= 1/2
+    flip = torch.copysign(torch.full_like(z, _SQRT_HALF), z)
+    mu, z = mu * flip, z * flip                                                         # z >= 0
     points = mu, log_w, log_w.exp(), torch.special.erfc(z).log()
-    x, residual, left = _halley_steps(2, points, _moment_quantile(mu, points[2], z))
+    x, left, residual = _halley_steps(points, _moment_quantile(mu, points[2], z))
+    if 0 < left.numel() < x.numel() // 8:
+        y, still, residual = _halley_steps(_select(points, left), x[left])
+        x, left = x.index_copy(0, left, y), left[still]
     if left.numel():
-        points = tuple(v[..., left] for v in points)
-        y, residual, hard = _halley_steps(1, points, x[left])
-        if hard.numel():
-            points = tuple(v[..., hard] for v in points)
-            y = y.index_copy(0, hard, _solve_bracketed(points, z[left][hard], y[hard], residual[hard]))
-        x = x.index_copy(0, left, y)
-    return x * (2 * flip)
+        x = x.index_copy(0, left, _solve_bracketed(_select(points, left), z[left], x[left], residual))
+    return x / flip
 
 
-# The equation of a number of points: mu, log_w, w (K,N) and the target log(2 Phi(-z)) (N,).
+# The equations of a number of points: mu, log_w, w (K,N) and the target log(2 Phi(-z)) (N,).
 _Points = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _halley_steps(steps: int, points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x after some steps, the residual before the last of them, and which points that one did not settle."""
-    for _ in range(steps):
+def _select(points: _Points, index: Tensor) -> _Points:
+    return tuple(v.index_select(-1, index) for v in points)
+
+
+def _halley_steps(points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x after two steps, the indices of the points that the second did not settle, and their residuals before it."""
+    for _ in range(2):
         x, residual, newton, bend = _halley_step(points, x)
-    return x, residual, (~_settled(residual, newton, bend)).nonzero().squeeze(1)
+    left = (~_settled(residual, newton, bend)).nonzero().squeeze(1)
+    return x, left, residual[left]
 
 
 def _halley_step(points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Halley's method on g(x) = log(2 F(x)) - target, F as in :func:`inverse_cdf`:
+    r"""Halley's method on g(x) = log T(x) - target, with the tail T = sum_k w_k erfc(x - mu_k):
 
-        x <- x - n / (1 + c/2),  n = g/g' = g F/F',  c = -n g''/g' = g - n F''/F';
+        x <- x + n / (1 + c/2),  n = -g/g' = -g T/T',  c = n g''/g' = n T''/T' + g;
 
     the new x, g, n, c, all (N,). A step is at most twice Newton's and never against it.
     """
     mu, log_w, weights, target = points
-    t = mu - x                                                                          # (K,N)
+    t = x - mu                                                                          # (K,N)
     kernel = torch.addcmul(log_w, t, t, value=-1).exp()                                 # (K,N)
-    cdf = (weights * torch.special.erfc(t)).sum(0)                                      # 2 F
-    pdf = kernel.sum(0)                                                                 # sqrt(pi) F'
-    bend = (kernel * t).sum(0) / pdf                                                    # F'' / 2 F'
-    residual = cdf.log() - target
-    newton = residual / (pdf / cdf)                                                     # n / half_root_pi
-    bend = torch.addcmul(residual, newton, bend, value=-2 * _HALF_ROOT_PI)
-    x = torch.addcdiv(x, newton, (2 + bend).clamp(min=1), value=-2 * _HALF_ROOT_PI)
-    return x, residual, newton, bend
+    tail = (weights * torch.special.erfc(t)).sum(0)                                     # T
+    pdf = kernel.sum(0)                                                                 # -sqrt(pi)/2 T'
+    turn = (kernel * t).sum(0) / pdf                                                    # -T'' / 2 T'
+    residual = tail.log() - target
+    newton = residual / (pdf / tail)                                                    # n / half_root_pi
+    bend = torch.addcmul(residual, newton, turn, value=-2 * _HALF_ROOT_PI)
+    x = torch.addcdiv(x, newton, (2 + bend).clamp(min=1), value=2 * _HALF_ROOT_PI)
+    return x, residual, newton * _HALF_ROOT_PI, bend
 
 
 def _settled(residual: Tensor, newton: Tensor, bend: Tensor) -> Tensor:
-    """Whether a Halley step ended in the root: its error is about g (c^2 + 4 n^2)/4, as the components have unit width."""
-    error = residual.abs() * torch.addcmul(bend.square(), newton, newton, value=4 * _HALF_ROOT_PI**2)
-    return error < 32 * torch.finfo(error.dtype).eps
+    """Whether a Halley step ended in the root: its error is about g (c^2/4 + n^2), as the components have unit width."""
+    error = residual.abs() * torch.addcmul(newton.square(), bend, bend, value=0.25)
+    return error < 8 * torch.finfo(error.dtype).eps
 
 
 def _solve_bracketed(points: _Points, z: Tensor, x: Tensor, residual: Tensor) -> Tensor:
     """Halley's method that keeps the root in a bracket and bisects it where a step leaves it or fails to halve.
 
-    The root lies between min_k mu_k - z and max_k mu_k - z. Points whose ``residual`` was large start
+    The root lies between z + min_k mu_k and z + max_k mu_k. Points whose ``residual`` was large start
     again from where they would be if no components overlapped; points leave as they settle.
     """
     mu, _, weights, _ = points
     lost = ~(residual.abs() < 0.1)                                                      # or NaN
-    lo, hi = mu.amin(0) - z, mu.amax(0) - z
+    lo, hi = z + mu.amin(0), z + mu.amax(0)
     x = torch.where(lost, _separated_quantile(mu, weights, z), x).clamp(lo, hi)
     stride = hi - lo  # of the last step
     noise = 16 * torch.finfo(x.dtype).eps
     solution, index = x, torch.arange(x.numel(), device=x.device)
     for _ in range(_MAX_ITERATIONS):
         new, residual, newton, bend = _halley_step(points, x)
-        lo, hi = torch.where(residual < 0, x, lo), torch.where(residual > 0, x, hi)
+        lo, hi = torch.where(residual > 0, x, lo), torch.where(residual < 0, x, hi)
         inside = (new >= lo) & (new <= hi)                                              # False at NaN
         settled, exact = inside & _settled(residual, newton, bend), residual.abs() <= noise
         good = inside & (new != x) & ((new - x).abs() <= 0.5 * stride)
@@ -190,7 +193,7 @@ def _solve_bracketed(points: _Points, z: Tensor, x: Tensor, residual: Tensor) ->
         todo = (~(settled | exact | (new == x))).nonzero().squeeze(1)
         if not todo.numel():
             break
-        points = tuple(v[..., todo] for v in points)
+        points = _select(points, todo)
         index, lo, hi, stride, x = (v[todo] for v in (index, lo, hi, (new - x).abs(), new))
     return solution
 
@@ -200,22 +203,22 @@ def _moment_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
     weighted = weights * mu
     mean = weighted.sum(0)
     between = torch.addcmul((weighted * mu).sum(0), mean, mean, value=-1)
-    return torch.addcmul(mean, z, (1 + 2 * between).clamp(min=1).sqrt(), value=-1)
+    return torch.addcmul(mean, z, (1 + 2 * between).clamp(min=1).sqrt())
 
 
 def _separated_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
     """The quantile if no components overlapped: a first guess where they do not. (N,)
 
-    It lies in the component k where the cumulative weight W passes Phi(-z), at (Phi(-z) - W_{k-1}) / w_k of it.
+    From the top, it lies in the component k where the cumulative weight W passes p = Phi(-z): at (p - W_{k-1}) / w_k of it.
     """
     p = 0.5 * torch.special.erfc(z)
-    mu, order = mu.sort(0)
+    mu, order = mu.sort(0, descending=True)
     weights = weights.gather(0, order)
     cumulative = weights.cumsum(0)
     k = (cumulative < p).sum(0, keepdim=True).clamp(max=mu.shape[0] - 1)
-    mu_k, w_k, above = (v.gather(0, k).squeeze(0) for v in (mu, weights, cumulative))
-    share = (1 - (above - p) / w_k).clamp(1e-6, 1 - 1e-6)
-    return mu_k + _SQRT_HALF * torch.special.ndtri(share)
+    mu_k, w_k, beyond = (v.gather(0, k).squeeze(0) for v in (mu, weights, cumulative))
+    share = (1 - (beyond - p) / w_k).clamp(1e-6, 1 - 1e-6)
+    return mu_k - _SQRT_HALF * torch.special.ndtri(share)
 
 
 def _probit_of_cdf(t: Tensor, log_w: Tensor) -> Tensor:

@@ -14,10 +14,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -55,22 +54,18 @@ def make_inputs(seed: int = 0) -> dict[str, Tensor]:
     return inputs
 
 
-class StoredNetwork(nn.Module):
-    """A network that always answers with the same mixtures, and notes when it was asked."""
+class StoredDenoiser:
+    """A guided denoiser whose network always answers with the same mixtures. Notes when it was asked."""
 
     def __init__(self, inputs: dict[str, Tensor]):
-        super().__init__()
-        self.config = SimpleNamespace(num_classes=10)
-        self.dtype_of = nn.Parameter(torch.zeros(1))
-        self.stored = (inputs["means"], inputs["logweights"], inputs["logstds"])
+        stored = [inputs[name].chunk(2) for name in ("means", "logweights", "logstds")]
+        self.cond, self.uncond = (gm.GaussianMixture(*tensors) for tensors in zip(*stored))
         self.asked: list[float] = []
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor, sigma: float) -> gm.Guided:
         self.asked.append(time.perf_counter())
-        return self.stored
-
-    def mixture(self, output: tuple[Tensor, ...]) -> gm.GaussianMixture:
-        return gm.GaussianMixture(*output)
+        cond, uncond = (gm.velocity_to_posterior(velocity, x, sigma) for velocity in (self.cond, self.uncond))
+        return gm.guide_probabilistic(cond, uncond, GUIDANCE)
 
 
 def calibrate() -> float:
@@ -82,9 +77,8 @@ def calibrate() -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def make_case(name: str, network: StoredNetwork, inputs: dict[str, Tensor], steps: int):
+def make_case(name: str, denoiser: StoredDenoiser, inputs: dict[str, Tensor], steps: int):
     """The named case as a function that samples once."""
-    denoiser = gm.GMDenoiser(network, torch.arange(SHAPE[0]), GUIDANCE)
     noise, sigmas = inputs["noise"], gm.flow_sigmas(steps, SHIFT)
     if name.startswith("GM-ODE"):
         substeps = int(name.split()[2])
@@ -97,22 +91,22 @@ def make_case(name: str, network: StoredNetwork, inputs: dict[str, Tensor], step
     return lambda: gm.sample_gm_sde(denoiser, noise, sigmas, spectrum=spectrum)
 
 
-def time_step(sample, network: StoredNetwork) -> float:
-    """Mean ms from one network call to the next, over the steps of a run that have a history."""
-    network.asked.clear()
+def time_step(sample, denoiser: StoredDenoiser) -> float:
+    """Median ms from one network call to the next, over the steps of a run that have a history."""
+    denoiser.asked.clear()
     sample()
-    end = time.perf_counter()
-    return (end - network.asked[1]) * 1e3 / (len(network.asked) - 1)
+    times = [*denoiser.asked[1:], time.perf_counter()]
+    return statistics.median((b - a) * 1e3 for a, b in zip(times, times[1:]))
 
 
-def measure(sample, network: StoredNetwork, repeats: int) -> tuple[float, list[float], float]:
+def measure(sample, denoiser: StoredDenoiser, repeats: int) -> tuple[float, list[float], float]:
     """Median ms per step, the calibrations around the runs, the median ratio of the two."""
     for _ in range(3):
         sample()
     times, ratios = [], []
     calibrations = [calibrate()]
     for _ in range(repeats):
-        times.append(time_step(sample, network))
+        times.append(time_step(sample, denoiser))
         calibrations.append(calibrate())
         ratios.append(2 * times[-1] / (calibrations[-2] + calibrations[-1]))
     return statistics.median(times), calibrations, statistics.median(ratios)
@@ -137,16 +131,17 @@ def main() -> None:
         inputs = load_file(args.inputs)
     else:
         inputs = make_inputs()
-    network = StoredNetwork(inputs)
+    denoiser = StoredDenoiser(inputs)
 
     def table(title: str) -> None:
-        print(f"\n{title}\n{'case':<24}{'ms/step':>9}{'calibration ms (range)':>26}{'ratio':>8}{'target':>8}{'authors':>9}")
+        print(f"\n{title}\n{'case':<24}{'ms/step':>9}{'calibration ms (quartiles)':>28}{'ratio':>8}{'target':>8}{'authors':>9}")
         for name, target, authors in CASES:
             if args.case not in name:
                 continue
-            ms, cal, ratio = measure(make_case(name, network, inputs, args.steps), network, args.repeats)
-            spread = f"{statistics.median(cal):.2f} ({min(cal):.2f} to {max(cal):.2f})"
-            print(f"{name:<24}{ms:>9.2f}{spread:>26}{ratio:>8.3f}{target or '':>8}{authors:>9.2f}", flush=True)
+            ms, cal, ratio = measure(make_case(name, denoiser, inputs, args.steps), denoiser, args.repeats)
+            low, middle, high = statistics.quantiles(cal, n=4)
+            spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            print(f"{name:<24}{ms:>9.2f}{spread:>28}{ratio:>8.3f}{target or '':>8}{authors:>9.2f}", flush=True)
 
     print(f"torch {torch.__version__}, {args.threads} threads, batch x K x C x H x W = {SHAPE}, {args.steps} steps a run")
     table("eager")
