@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from .cli import SOLVERS, Parser, UsageError, number, parse_labels, sample
+from .cli import SOLVERS, Parser, UsageError, number, sample
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLED = MODELS / "gmdit_digits.safetensors"
@@ -58,6 +58,7 @@ def run_sample(args) -> None:
     from tqdm import tqdm
 
     from .checkpoint import load_checkpoint
+    from .labels import LabelError, parse_labels
     from .pictures import image_grid, scatter
 
     try:
@@ -71,7 +72,10 @@ def run_sample(args) -> None:
         raise UsageError("--labels: this model has no classes; use --count")
     if (args.labels is None) == (args.count is None):
         raise UsageError("give either --labels (one image each) or --count (images without a class)")
-    labels = parse_labels(args.labels, classes, checkpoint.class_names) if args.labels is not None else None
+    try:
+        labels = None if args.labels is None else parse_labels(args.labels, classes, checkpoint.class_names)
+    except LabelError as error:
+        raise UsageError(f"--labels: {error}") from None
     args.out.mkdir(parents=True, exist_ok=True)
 
     total = len(labels) if labels is not None else args.count

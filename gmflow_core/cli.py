@@ -1,15 +1,15 @@
-"""Shared pieces of the command line: arguments with clear errors, seeded noise, drawing loops."""
+"""Shared pieces of the command line: arguments with clear errors, drawing loops."""
 
 from __future__ import annotations
 
 import argparse
-import re
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .denoiser import GMDenoiser
+from .noise import ImageNoise
 from .schedule import default_substeps, flow_sigmas
 from .solver import sample_gm_ode, sample_gm_sde
 
@@ -42,42 +42,6 @@ def number(kind, low, high=None, *, high_open: bool = False):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
         return value
     return parse
-
-
-def parse_labels(text: str, num_classes: int, class_names: tuple[str, ...] | None) -> list[int]:
-    """"0,1,2-9" or class names, separated by commas, to class indices in that order."""
-    labels: list[int] = []
-    names = {name.lower(): i for i, name in enumerate(class_names or ())}
-    for part in (p.strip() for p in text.split(",")):
-        span = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-        if span:
-            first, last = int(span[1]), int(span[2] or span[1])
-            if last < first:
-                raise UsageError(f"--labels: the range {part!r} runs backwards")
-            if last >= num_classes:
-                raise UsageError(f"--labels: {part!r} is past the last class; this model knows 0 to {num_classes - 1}")
-            labels += range(first, last + 1)
-        elif part.lower() in names:
-            labels.append(names[part.lower()])
-        else:
-            raise UsageError(f"--labels: {part!r} is neither a class index, a range like 2-9 nor a class name of this model")
-    return labels
-
-
-class ImageNoise:
-    """Noise with one generator per image, from (seed, image index): the same image in any batch.
-
-    Drawn on the CPU whatever the device, so that devices agree too.
-    """
-
-    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device):
-        # Streams of neighbouring (seed, index) pairs must not overlap: spread them over 63 bits.
-        mixed = [(seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) % (1 << 63) for index in indices]
-        self.generators = [torch.Generator().manual_seed(m) for m in mixed]
-        self.shape, self.device = shape, device
-
-    def __call__(self, *_sigmas: float) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, save_checkpoint
 from gmflow_core.__main__ import BUNDLED, main
-from gmflow_core.cli import ImageNoise, UsageError, parse_labels
+from gmflow_core.labels import LabelError, parse_labels
+from gmflow_core.noise import ImageNoise
 from gmflow_core.convert import LatentSpace
 
 
@@ -86,14 +87,20 @@ def test_two_dimensional_models_take_a_count(points, tmp_path, capsys):
 def test_labels():
     assert parse_labels("0, 2-4,1", 10, None) == [0, 2, 3, 4, 1]
     assert parse_labels("Tabby Cat,3", 4, ("cat", "dog", "tabby cat", "owl")) == [2, 3]
-    with pytest.raises(UsageError, match="runs backwards"):
-        parse_labels("4-2", 10, None)
+    assert parse_labels("tench, Tinca tinca", 2, ("cat", "tench, Tinca tinca")) == [1]  # a name may hold commas
+    assert parse_labels("cat\nowl", 3, ("cat", "dog", "owl")) == [0, 2]
+    assert parse_labels("1", 2, ("1", "0")) == [1]  # an index, although class 0 is called so
+    for text, message in (
+        ("4-2", "runs backwards"), ("10", "knows 0 to 9"), (" , ", "no label given"), ("kat", r"did you mean cat\?"),
+    ):
+        with pytest.raises(LabelError, match=message):
+            parse_labels(text, 10, ("cat", *"bcdefghij"))
 
 
 BAD = [
     (["--labels", "9"], "past the last class; this model knows 0 to 3"),
-    (["--labels", "cow"], "'cow' is neither a class index"),
-    (["--labels", ""], "'' is neither a class index"),
+    (["--labels", "cow"], "'cow' is no class of this model"),
+    (["--labels", ""], "no label given"),
     ([], "give either --labels"),
     (["--labels", "0", "--count", "1"], "give either --labels"),
     (["--labels", "0", "--guidance", "1"], "'1' is not a number in [0, 1)"),

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "gmflow_core").rglob("*.py"))
 TRAIN = sorted((ROOT / "train").rglob("*.py"))
+NODES = sorted((ROOT / "nodes").rglob("*.py"))
 
 CORE_ALLOWED = {"torch", "safetensors"}
 # The command line draws pictures and progress bars.
-CORE_TOOLS = {"__main__.py", "demo.py", "pictures.py"}
+CORE_TOOLS = {"__main__.py", "demo.py", "panels.py", "pictures.py"}
 TOOLS_ALLOWED = CORE_ALLOWED | {"numpy", "PIL", "tqdm"}
 HOSTS = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "execution", "server"}
 
@@ -88,3 +89,29 @@ def test_the_walker_sees_what_it_must():
         "importlib.import_module('folder_paths')", "from ..a import b",
     ])
     assert sorted(imports(ast.parse(source))) == [(0, "comfy.utils"), (0, "folder_paths"), (0, "nodes"), (2, "a")]
+
+
+@pytest.mark.parametrize("path", NODES, ids=relative)
+def test_only_host_touches_comfyui(path):
+    """comfy_api is ComfyUI's public interface for nodes; everything else of it is host.py's."""
+    allowed = {"torch", "numpy", "comfy_api"}
+    if path.name == "host.py":
+        allowed |= {"comfy", "folder_paths", "latent_preview", "nodes", "tqdm"}
+    assert top_level(path) <= allowed
+
+
+@pytest.mark.parametrize("path", NODES, ids=relative)
+def test_nodes_reach_the_core_by_relative_imports(path):
+    above = [name for level, name in imports(ast.parse(path.read_text())) if level > 1]
+    assert all(name.split(".")[0] == "gmflow_core" for name in above)
+
+
+def test_the_pack_is_imported_lazily():
+    """The entry point alone, without ComfyUI and without torch."""
+    code = (
+        "import importlib.util, sys; "
+        f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r}); "
+        "pack = importlib.util.module_from_spec(spec); sys.modules['pack'] = pack; spec.loader.exec_module(pack); "
+        "assert callable(pack.comfy_entrypoint) and 'torch' not in sys.modules and 'pack.nodes' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

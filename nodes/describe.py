@@ -1,0 +1,57 @@
+"""What a GMFlow model is and takes: its own description, latents and labels, without a host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..gmflow_core import GMDiTConfig, SpectrumMLP
+from ..gmflow_core.checkpoint import LatentSpace
+
+LABELS = "gmflow_labels"     # in a conditioning's dict: int64 (N,)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInfo:
+    """What a GMFlow checkpoint says of itself."""
+
+    config: GMDiTConfig
+    class_names: tuple[str, ...] | None
+    latent_space: LatentSpace
+    spectrum: SpectrumMLP | None  # on the CPU in float32; no part of the module tree, it is tiny
+
+
+def check_latent(info: ModelInfo, noise, latent) -> None:
+    """ValueError for a latent that this model cannot paint on."""
+    config = info.config
+    size, patch = tuple(noise.shape[2:]), config.patch_size
+    if noise.ndim != 4 or noise.shape[1] != config.in_channels or any(n % patch for n in size):
+        kind = "RGB pixels" if info.latent_space.kind == "rgb" else "latents of Stable Diffusion's VAE"
+        raise ValueError(
+            f"latent: got {noise.shape[1]} channels of size {' x '.join(map(str, size))}; this model paints "
+            f"{config.in_channels} channels ({kind}), height and width multiples of {patch}, trained at "
+            f"{config.sample_size} x {config.sample_size}; GMFlow Empty Latent makes one"
+        )
+    if latent is not None and not torch.isfinite(latent).all():
+        raise ValueError("latent: it holds NaN or infinite values; the node that made it failed (a VAE in half precision?)")
+
+
+def make_conditioning(labels: list[int]) -> list:
+    """CONDITIONING of class indices. Its tensor (N,1,1) holds label + 1, so that what other nodes do to it is seen."""
+    values = torch.tensor(labels, dtype=torch.int64)
+    return [[(values + 1).float().reshape(-1, 1, 1), {LABELS: values}]]
+
+
+def read_labels(tensor, labels, config: GMDiTConfig, role: str) -> torch.Tensor:
+    """int64 (N,) of a conditioning; the null label for a zeroed or empty one; ValueError for a foreign or blended one."""
+    if tensor is None or not tensor.any():
+        return torch.tensor([config.null_label])
+    if labels is None:
+        raise ValueError(f"{role}: this conditioning holds text or something else, not classes; use GMFlow Class Conditioning")
+    if tensor.numel() != len(labels) or not torch.equal(tensor.flatten().cpu(), (labels + 1).float()):
+        raise ValueError(f"{role}: classes can not be averaged or concatenated; to blend some, use ConditioningCombine")
+    if int(labels.max()) > config.null_label:
+        raise ValueError(f"{role}: label {int(labels.max())} is made for another model; this one knows 0 to {config.null_label - 1}")
+    return labels

@@ -1,0 +1,382 @@
+"""The border to ComfyUI: no other module of this pack touches its internals.
+
+The MODEL is an ordinary ComfyUI model whose network predicts a mixture and returns its mean; a
+:class:`Capture` in ``transformer_options`` receives the mixture itself, packed in one tensor. GM
+samplers and the GM guider read it there; everything else in ComfyUI sees a flow model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import latent_preview
+import nodes as core
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from tqdm.auto import tqdm
+
+from ..gmflow_core import (
+    GMDiT, GMDiTConfig, Guided, SpectrumMLP, sample_gm_ode, sample_gm_sde, velocity_to_posterior,
+)
+from ..gmflow_core.checkpoint import LatentSpace, read_state
+from ..gmflow_core.files import CheckpointError
+from ..gmflow_core.model import unpack_mixture
+from ..gmflow_core.noise import ImageNoise
+from ..gmflow_core.schedule import default_substeps
+from .describe import LABELS, ModelInfo, check_latent, make_conditioning, read_labels
+from .mixing import Capture, GMOptions, Guidance, clean_sigmas, guided_by_mean, make_inpaint, moved, pool
+
+CAPTURE = "gmflow_capture"   # in transformer_options
+FOLDER = "diffusion_models"
+WEIGHT_DTYPES = {
+    "default": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+def known(factory, *args, **fields):
+    """Call ``factory`` with those ``fields`` that this version of ComfyUI knows."""
+    names = inspect.signature(factory).parameters
+    return factory(*args, **{name: value for name, value in fields.items() if name in names})
+
+
+# ---- model -------------------------------------------------------------------------------------
+
+class HostGMDiT(GMDiT):
+    """GM-DiT of the host's layers. ``forward`` returns the mean velocity (B,C,H,W) in float32."""
+
+    def __init__(self, config: GMDiTConfig, in_channels: int, dtype=None, device=None, operations=None):
+        super().__init__(config, operations=operations, attention=optimized_attention, dtype=dtype, device=device)
+        self.dtype, self.in_channels = dtype, in_channels
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, labels=None, **kwargs):
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
+        )
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(self._mean_velocity, self, wrappers).execute(
+            x, timesteps, context, control, transformer_options, labels=labels, **kwargs
+        )
+
+    def _mean_velocity(self, x, sigma, context, control, transformer_options, labels=None, **kwargs):
+        if control is not None:
+            raise ValueError("a ControlNet is applied to the conditioning; there are none for GMFlow models: remove it")
+        packed = super().forward(x, sigma, labels)
+        capture = transformer_options.get(CAPTURE)
+        if capture is not None:
+            capture.add(packed, transformer_options["uuids"])
+        return self.mixture(packed).mean()
+
+
+class GMFlowModel(comfy.model_base.BaseModel):
+    """ComfyUI's model around :class:`HostGMDiT`; ``gmflow`` is its :class:`ModelInfo`."""
+
+    def __init__(self, model_config, info: ModelInfo, device=None):
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostGMDiT)
+        self.gmflow = info
+
+    def process_timestep(self, timestep, **kwargs):
+        return timestep / self.model_sampling.multiplier  # the network's clock is sigma
+
+    def extra_conds(self, **kwargs):
+        role, noise = kwargs.get("prompt_type", "conditioning"), kwargs["noise"]
+        check_latent(self.gmflow, noise, kwargs.get("latent_image"))
+        labels = read_labels(kwargs.get("cross_attn"), kwargs.get(LABELS), self.gmflow.config, role)
+        if len(labels) not in (1, len(noise)):
+            raise ValueError(
+                f"{role}: {len(labels)} labels for a batch of {len(noise)} images; give one label, or one for each image "
+                "(batch_size of the empty latent)"
+            )
+        return {"labels": comfy.conds.CONDRegular(labels.to(kwargs["device"]))}
+
+
+class GMFlowConfig(comfy.supported_models_base.BASE):
+    """ComfyUI's description of a GM-DiT."""
+
+    unet_extra_config = {}
+    sampling_settings = {"shift": 1.0}
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+
+    def __init__(self, info: ModelInfo):
+        super().__init__({"config": info.config, "in_channels": info.config.in_channels})
+        self.info, self.latent_format = info, latent_format(info)
+        self.memory_usage_factor = max(0.3, info.config.width / 1152)
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return GMFlowModel(self, self.info, device=device)
+
+
+class PixelLatent(comfy.latent_formats.LatentFormat):
+    """RGB in [-1, 1] as a latent of its own size, for ``pixel_space`` of the core's VAE loader."""
+
+    spacial_downscale_ratio = 1
+
+    def __init__(self, channels: int):
+        self.latent_channels = channels
+        self.latent_rgb_factors = [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]] if channels == 3 else [[1.0, 1.0, 1.0]] * channels
+
+
+class ScaledLatent(comfy.latent_formats.SD15):
+    """Stable Diffusion's latents with a checkpoint's own scale and shift: network = (latent - shift) scale."""
+
+    def __init__(self, space: LatentSpace, channels: int):
+        super().__init__(space.scale)
+        self.shift, self.latent_channels = space.shift, channels
+        if channels != 4:
+            self.latent_rgb_factors = self.taesd_decoder_name = None
+
+    def process_in(self, latent):
+        return (latent - self.shift) * self.scale_factor
+
+    def process_out(self, latent):
+        return latent / self.scale_factor + self.shift
+
+
+def latent_format(info: ModelInfo):
+    channels = info.config.in_channels
+    return PixelLatent(channels) if info.latent_space.kind == "rgb" else ScaledLatent(info.latent_space, channels)
+
+
+def register_models(folder: Path) -> None:
+    """List the checkpoints of ``folder`` among the diffusion models."""
+    folder_paths.add_model_folder_path(FOLDER, str(folder))
+
+
+def category() -> str:
+    """The pack's place in the menu, beside the core's samplers."""
+    return f"{core.KSampler.CATEGORY}/GMFlow"
+
+
+def intermediate_device():
+    return comfy.model_management.intermediate_device()
+
+
+def decoder(model, vae=None):
+    """x_0 (N,C,H,W) in the network's space to RGB in [-1, 1]: by a VAE, as pixels, or in the previews' rough colours."""
+    space = model.model.latent_format
+
+    def decode(x):
+        if vae is not None:
+            return vae.decode(space.process_out(x)).movedim(-1, 1) * 2 - 1
+        if isinstance(space, PixelLatent) or space.latent_rgb_factors is None:
+            return x
+        return torch.einsum("nchw,cr->nrhw", x, torch.tensor(space.latent_rgb_factors))
+
+    return decode
+
+
+def default_model() -> str | None:
+    """The bundled checkpoint if it is listed."""
+    return next((name for name in model_files() if name == "gmdit_digits.safetensors"), None)
+
+
+def model_files() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def model_path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):
+    """Read any GMFlow checkpoint into a ModelPatcher. CheckpointError for every other file, before anything is built."""
+    raw = read_state(path)
+    if not isinstance(raw.config, GMDiTConfig):
+        raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; see python -m gmflow_core sample")
+    spectrum = None
+    if raw.spectrum_config is not None:
+        spectrum = SpectrumMLP(raw.spectrum_config, device="meta")
+        spectrum.load_state_dict({k: v.to("cpu", torch.float32, copy=True) for k, v in raw.spectrum_state.items()}, assign=True)
+        spectrum.eval().requires_grad_(False)
+    config = GMFlowConfig(ModelInfo(raw.config, raw.class_names, raw.latent_space, spectrum))
+    mm, supported = comfy.model_management, GMFlowConfig.supported_inference_dtypes
+    device, offload = mm.get_torch_device(), mm.unet_offload_device()
+    dtype = WEIGHT_DTYPES[weight_dtype] or mm.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(raw.state), supported_dtypes=supported,
+        weight_dtype=comfy.utils.weight_dtype(raw.state),
+    )
+    config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, device, supported))
+    model = config.get_model(raw.state).to(offload)
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+    patcher = patcher_class(model, load_device=device, offload_device=offload)
+    # Copies: a tensor that stays mapped to the file dies with it when a training run replaces the file.
+    state = {name: value.clone() for name, value in raw.state.items()}
+    dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+    known(model.load_model_weights, state, "", assign=dynamic)
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
+    return patcher
+
+
+def require_gmflow(model, name: str = "model") -> ModelInfo:
+    """The ModelInfo of a MODEL; ValueError if it is of another kind."""
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, GMFlowModel):
+        raise ValueError(f"{name}: this is a {type(inner).__name__} model, not a GMFlow one; load one with GMFlow Loader")
+    return inner.gmflow
+
+
+# ---- posteriors --------------------------------------------------------------------------------
+
+def with_capture(model_options: dict, capture: Capture) -> dict:
+    """A copy of the options in which the network hands its mixtures to ``capture``."""
+    return model_options | {"transformer_options": model_options.get("transformer_options", {}) | {CAPTURE: capture}}
+
+
+def gather(capture: Capture, conds: list[dict], model: GMFlowModel, x, sigma: float, role: str):
+    """The x_0 posterior of one role's conditionings, several of them pooled by strength; ValueError if there is none."""
+    found = [cond for cond in conds if cond["uuid"] in capture.packed]
+    if not found:
+        raise ValueError(
+            f"{role}: the network was not asked for it at sigma {sigma:.3f}, and a GM sampler needs its mixture; a conditioning "
+            "without a range for this step, or a patch that skips the network (EasyCache), cannot be combined with it"
+        )
+    if any("area" in cond or "mask" in cond for cond in found):
+        raise ValueError(f"{role}: GM samplers take conditionings of the whole image; remove the area or mask, or use a core sampler")
+    mixtures = [
+        velocity_to_posterior(unpack_mixture(capture.packed[cond["uuid"]].to(x.device), model.gmflow.config.num_gaussians), x, sigma)
+        for cond in found
+    ]
+    return pool(mixtures, [cond.get("strength", 1.0) for cond in found])
+
+
+class GMFlowGuider(comfy.samplers.CFGGuider):
+    """Probabilistic guidance for any sampler: GM samplers get the guided mixture, others its mean."""
+
+    guidance = Guidance()
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        sigma, sink = float(timestep.flatten()[0]), model_options.get("transformer_options", {}).get(CAPTURE)
+        roles = ["positive", "negative"] if self.guidance.acts_at(sigma) else ["positive"]
+        conds, capture = [self.conds[role] for role in roles], Capture()
+        options = with_capture(model_options, capture)
+        means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        posteriors = [gather(capture, cond, self.inner_model, x, sigma, role) for cond, role in zip(conds, roles)]
+        guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(posteriors[0], posteriors[0].mean())
+        mean = guided.posterior.mean()
+        if model_options.get("sampler_post_cfg_function"):  # patches of other nodes (PAG, rescale) see and change the mean
+            options = model_options | {"sampler_cfg_function": lambda args: x - mean}
+            patched = comfy.samplers.cfg_function(
+                self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0], uncond=conds[-1]
+            )
+            guided, mean = replace(guided, posterior=moved(guided.posterior, patched)), patched
+        if sink is not None:
+            sink.guided = guided
+        return mean
+
+
+def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
+    """A GUIDER of a GMFlow model; ``negative`` None is the null label."""
+    info = require_gmflow(model)
+    guider = GMFlowGuider(model)
+    guider.set_conds(positive, make_conditioning([info.config.null_label]) if negative is None else negative)
+    guider.guidance = guidance
+    return guider
+
+
+def percent_to_sigma(model, percent: float) -> float:
+    return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
+
+
+def model_shift(model) -> float:
+    """The time shift that the model samples with: its own, or that of a ModelSampling patch."""
+    return float(getattr(model.get_model_object("model_sampling"), "shift", 1.0))
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+def make_sampler(options: GMOptions):
+    """A SAMPLER for every node that takes one."""
+    return comfy.samplers.KSAMPLER(sample_gm, {"options": options})
+
+
+@torch.no_grad()
+def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: GMOptions, batch_index=None, recorder=None):
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler. ``batch_index`` (B,) names the images for the step noise."""
+    guider, extra_args = model.inner_model, extra_args or {}
+    network = getattr(guider, "inner_model", None)
+    if not isinstance(network, GMFlowModel):
+        raise ValueError(
+            f"sampler: GM samplers need a GMFlow model, and the guider samples a {type(network).__name__}; "
+            "load one with GMFlow Loader or choose a core sampler"
+        )
+    model_options, seed = extra_args.get("model_options", {}), extra_args.get("seed") or 0
+    grid = clean_sigmas(sigmas)
+    steps = len(grid) - 1
+    bar = tqdm(total=steps, disable=disable)
+
+    def denoiser(x, sigma: float) -> Guided:
+        capture = Capture()
+        mean = guider(x, x.new_full((len(x),), sigma), model_options=with_capture(model_options, capture), seed=seed)
+        if capture.guided is not None:
+            return capture.guided
+        conds = getattr(guider, "conds", {})
+        positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
+        return guided_by_mean(gather(capture, positive, network, x, sigma, "positive"), mean)
+
+    def report(info) -> None:
+        if recorder is not None:
+            recorder(info)
+        bar.update()
+        if callback is not None:  # preview, progress and cancel hang on it
+            callback({"i": info.index, "x": info.x, "denoised": info.denoised, "sigma": info.sigma, "sigma_hat": info.sigma})
+
+    common = dict(
+        order=options.order, second_order=options.second_order, temperature=options.temperature,
+        inpaint=make_inpaint(model, extra_args, sigmas), callback=report,
+    )
+    with bar:
+        if options.solver == "GM-ODE":
+            shift = options.shift * float(getattr(network.model_sampling, "shift", 1.0))
+            return sample_gm_ode(denoiser, x, grid, substeps=options.substeps or default_substeps(steps), shift=shift, **common)
+        # Another stream than the initial noise, which comes from the seed itself.
+        noise = ImageNoise(seed + 1, range(len(x)) if batch_index is None else batch_index, tuple(x.shape[1:]), x.device)
+        spectrum = network.gmflow.spectrum if options.spectral else None
+        if spectrum is not None:
+            spectrum = copy.deepcopy(spectrum).to(x.device)
+        return sample_gm_sde(denoiser, x, grid, spectrum=spectrum, noise_sampler=noise, **common)
+
+
+class SeedNoise:
+    """NOISE of a seed, the same as the core's nodes draw."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def generate_noise(self, latent: dict):
+        return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
+
+
+def run(noise, guider, sampler, sigmas, latent: dict, recorder=None) -> tuple[dict, dict]:
+    """Sample as the core's advanced custom sampler does: (latent, denoised latent)."""
+    if len(sigmas) < 2:
+        raise ValueError(f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split at an end?")
+    patcher = guider.model_patcher
+    ratios = {name: latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    samples = known(comfy.sample.fix_empty_latent_channels, patcher, latent["samples"], **ratios)
+    latent = {name: value for name, value in latent.items() if name not in ratios} | {"samples": samples}
+    if getattr(sampler, "sampler_function", None) is sample_gm:
+        extras = {"batch_index": latent.get("batch_index"), "recorder": recorder}
+        sampler = comfy.samplers.KSAMPLER(sample_gm, sampler.extra_options | extras, sampler.inpaint_options)
+    last: dict = {}
+    result = guider.sample(
+        noise.generate_noise(latent), samples, sampler, sigmas, denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(patcher, len(sigmas) - 1, last),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=noise.seed,
+    ).to(comfy.model_management.intermediate_device())
+    denoised = patcher.model.process_latent_out(last["x0"].cpu()) if "x0" in last else result
+    return latent | {"samples": result}, latent | {"samples": denoised}

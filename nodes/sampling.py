@@ -1,0 +1,226 @@
+"""Nodes that sample: schedule, guidance, solvers, and two that put all of it together."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..gmflow_core import SecondOrder, flow_sigmas
+from . import host
+from .mixing import METHODS, GMOptions, Guidance
+from .schema import GMTrace, advanced, schema, seed
+from .tracing import TraceSource
+
+SOLVERS = ("GM-ODE", "GM-SDE")
+
+MODEL = "A model from GMFlow Loader."
+STEPS = "Network evaluations (twice as many with guidance). 4 to 8 are good, 1 works, 32 is plenty."
+GUIDANCE = ("Probabilistic guidance scale, 0 to below 1; 0 is none. Not a CFG scale: 0.45 is the published default, 0.3 suits the "
+            "digits, 0.02 to 0.75 are good.")
+ORTHOGONAL = "How far guidance is kept from simply brightening or contrasting the image: 1 removes that part, 0 leaves it."
+SUBSTEPS = "GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, as published."
+SHIFT = "Time shift, times the model's own. Above 1 spends more steps at high noise; 1 is right for the published model."
+ORDER = "2 also uses the previous network evaluation: better with few steps. 1 is the plain solver."
+DENOISE = "1 paints from pure noise; below 1 starts from a partly noised input image and keeps more of it."
+TEMPERATURE = "Below 1 sharpens the mixture (less variety), above 1 flattens it. 1 is the model as trained."
+TRACE = "What the mixture believed at every step, for GMFlow Inspector. Recorded only if something asks for it."
+
+
+def second_order_inputs() -> list:
+    """Coefficients of the second-order correction; the defaults are the published ones."""
+    return [
+        advanced(io.Float.Input("c_a", default=0.005, min=0.0, max=1.0, step=0.001, round=False,
+                                tooltip="Second order: distrust of the difference of means where the mixture is wide.")),
+        advanced(io.Float.Input("c_b", default=1.0, min=0.0, max=10.0, step=0.1, round=False,
+                                tooltip="Second order: the same distrust, growing with guidance.")),
+        advanced(io.Int.Input("correction_steps", default=0, min=0, max=16,
+                              tooltip="Second order: repetitions until the corrected mean is exactly the extrapolated one.")),
+    ]
+
+
+def order_input():
+    return io.Int.Input("order", default=2, min=1, max=2, tooltip=ORDER)
+
+
+def temperature_input():
+    return advanced(io.Float.Input("temperature", default=1.0, min=0.05, max=4.0, step=0.05, round=False, tooltip=TEMPERATURE))
+
+
+def shift_input():
+    return advanced(io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.05, round=False, tooltip=SHIFT))
+
+
+def substeps_input():
+    return io.Int.Input("substeps", default=0, min=0, max=1024, tooltip=SUBSTEPS)
+
+
+def guidance_input():
+    return io.Float.Input("guidance", default=0.45, min=0.0, max=0.99, step=0.01, round=False, tooltip=GUIDANCE)
+
+
+def orthogonal_input():
+    return advanced(io.Float.Input("orthogonal", default=1.0, min=0.0, max=1.0, step=0.05, round=False, tooltip=ORTHOGONAL))
+
+
+class GMFlowScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "GMFlowScheduler", "GMFlow Scheduler",
+            "The published grid: noise levels that fall evenly in raw time from 1 to 0, then shifted.",
+            [
+                io.Model.Input("model", tooltip=MODEL + " Its own time shift is part of the grid."),
+                io.Int.Input("steps", default=8, min=1, max=10_000, tooltip=STEPS),
+                shift_input(),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
+            ],
+            [io.Sigmas.Output(tooltip="steps + 1 noise levels.")],
+            search_aliases=["gmflow", "sigmas", "scheduler", "flow schedule", "shift"],
+        )
+
+    @classmethod
+    def execute(cls, model, steps, shift, denoise) -> io.NodeOutput:
+        host.require_gmflow(model)
+        return io.NodeOutput(flow_sigmas(steps, shift * host.model_shift(model), denoise))
+
+
+class GMFlowGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "GMFlowGuider", "GMFlow Guider",
+            "Probabilistic guidance: re-weights the mixture instead of extrapolating, so that colours do not oversaturate. "
+            "Works with GM samplers and with every core sampler.",
+            [
+                io.Model.Input("model", tooltip=MODEL),
+                io.Conditioning.Input("positive", tooltip="The classes to paint."),
+                guidance_input(),
+                orthogonal_input(),
+                advanced(io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                                        tooltip="Guide from this share of the sampling on; 0 is its beginning.")),
+                advanced(io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                                        tooltip="Guide up to this share of the sampling; 1 is its end.")),
+                advanced(io.Combo.Input("method", options=list(METHODS), default=METHODS[0],
+                                        tooltip="vanilla CFG shifts every component instead, for comparison; it uses cfg_scale.")),
+                advanced(io.Float.Input("cfg_scale", default=4.0, min=1.0, max=100.0, step=0.1, round=False,
+                                        tooltip="Only for vanilla CFG: its scale, 1 is none.")),
+                io.Conditioning.Input("negative", optional=True,
+                                      tooltip="What to be guided away from. Left open: the null label, as trained."),
+            ],
+            [io.Guider.Output()],
+            search_aliases=["gmflow", "probabilistic guidance", "guider", "cfg"],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, guidance, orthogonal, start_percent, end_percent, method, cfg_scale, negative=None) -> io.NodeOutput:
+        host.require_gmflow(model)
+        interval = (host.percent_to_sigma(model, start_percent), host.percent_to_sigma(model, end_percent))
+        return io.NodeOutput(host.make_guider(model, positive, negative, Guidance(guidance, orthogonal, method, cfg_scale, interval)))
+
+
+class SamplerGMFlowODE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "SamplerGMFlowODE", "Sampler GM-ODE",
+            "GM-ODE: deterministic. Between two network evaluations it follows the mixture analytically in many substeps.",
+            [order_input(), substeps_input(), *second_order_inputs(), temperature_input(), shift_input()],
+            [io.Sampler.Output(tooltip="For every node that takes a SAMPLER; needs a GMFlow model.")],
+            search_aliases=["gmflow", "gm-ode", "ode sampler", "gaussian mixture"],
+        )
+
+    @classmethod
+    def execute(cls, order, substeps, c_a, c_b, correction_steps, temperature, shift) -> io.NodeOutput:
+        options = GMOptions(SOLVERS[0], order, substeps, False, SecondOrder(c_a, c_b, correction_steps), temperature, shift)
+        return io.NodeOutput(host.make_sampler(options))
+
+
+class SamplerGMFlowSDE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "SamplerGMFlowSDE", "Sampler GM-SDE",
+            "GM-SDE: stochastic. Every step draws an image from the mixture and noises it again. Step noise follows the seed and "
+            "the image's place in the batch.",
+            [
+                order_input(),
+                io.Boolean.Input("spectral", default=True,
+                                 tooltip="Spectral sampling: neighbouring pixels are drawn together, so that few steps stay smooth. "
+                                         "Needs a spectrum network in the checkpoint, and is off without."),
+                *second_order_inputs(), temperature_input(),
+            ],
+            [io.Sampler.Output(tooltip="For every node that takes a SAMPLER; needs a GMFlow model.")],
+            search_aliases=["gmflow", "gm-sde", "sde sampler", "gaussian mixture", "spectral"],
+        )
+
+    @classmethod
+    def execute(cls, order, spectral, c_a, c_b, correction_steps, temperature) -> io.NodeOutput:
+        options = GMOptions(SOLVERS[1], order, 0, spectral, SecondOrder(c_a, c_b, correction_steps), temperature)
+        return io.NodeOutput(host.make_sampler(options))
+
+
+class GMFlowKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "GMFlowKSampler", "GMFlow KSampler",
+            "Schedule, probabilistic guidance and a GM solver in one node.",
+            [
+                io.Model.Input("model", tooltip=MODEL),
+                io.Conditioning.Input("positive", tooltip="The classes to paint."),
+                io.Latent.Input("latent_image", tooltip="An empty latent, or an image to change with denoise below 1. A noise mask is kept exactly."),
+                seed("Decides the initial noise, the same as the core KSampler's, and GM-SDE's step noise."),
+                io.Int.Input("steps", default=8, min=1, max=10_000, tooltip=STEPS),
+                io.Combo.Input("solver", options=list(SOLVERS), default=SOLVERS[0],
+                               tooltip="GM-ODE is deterministic, GM-SDE stochastic with spectral noise."),
+                guidance_input(),
+                substeps_input(),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
+                advanced(order_input()),
+                orthogonal_input(),
+                shift_input(),
+                io.Conditioning.Input("negative", optional=True,
+                                      tooltip="What to be guided away from. Left open: the null label, as trained."),
+            ],
+            [io.Latent.Output(display_name="latent"), GMTrace.Output(display_name="trace", tooltip=TRACE)],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            search_aliases=["gmflow", "ksampler", "sampler", "gm-ode", "gm-sde"],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order, orthogonal, shift,
+                negative=None) -> io.NodeOutput:
+        host.require_gmflow(model)
+        sigmas = flow_sigmas(steps, shift * host.model_shift(model), denoise)
+        guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
+        sampler = host.make_sampler(GMOptions(solver, order, substeps, shift=shift))
+        source = TraceSource(lambda recorder: host.run(host.SeedNoise(seed), guider, sampler, sigmas, latent_image, recorder), model)
+        latent, _ = source.sample(cls.hidden, slot=1)
+        return io.NodeOutput(latent, source)
+
+
+class GMFlowSamplerCustom(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "GMFlowSamplerCustom", "GMFlow Sampler Custom",
+            "The core's SamplerCustomAdvanced with a trace for GMFlow Inspector, and step noise that follows batch_index.",
+            [
+                io.Noise.Input("noise"),
+                io.Guider.Input("guider", tooltip="GMFlow Guider, or a core guider (its guidance then shifts the mixture)."),
+                io.Sampler.Input("sampler", tooltip="A GM sampler; core samplers work and leave no trace."),
+                io.Sigmas.Input("sigmas"),
+                io.Latent.Input("latent_image"),
+            ],
+            [
+                io.Latent.Output(display_name="output"),
+                io.Latent.Output(display_name="denoised_output"),
+                GMTrace.Output(display_name="trace", tooltip=TRACE),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            search_aliases=["gmflow", "sampler custom advanced", "custom sampling"],
+        )
+
+    @classmethod
+    def execute(cls, noise, guider, sampler, sigmas, latent_image) -> io.NodeOutput:
+        source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), guider.model_patcher)
+        return io.NodeOutput(*source.sample(cls.hidden, slot=2), source)
