@@ -26,6 +26,7 @@ def build_parser() -> Parser:
     draw.add_argument("--count", type=number(int, 1), help="images without a class (instead of --labels)")
     draw.add_argument("--solver", choices=SOLVERS, default="gm-ode")
     draw.add_argument("--order", type=number(int, 1, 2), default=2)
+    draw.add_argument("--corrections", type=number(int, 0, 100), default=0, help="correction steps of order 2 (default 0; 2 helps without guidance)")
     draw.add_argument("--steps", type=number(int, 1, 10_000), default=8, help="network steps (default 8)")
     draw.add_argument("--substeps", type=number(int, 1, 100_000), help="of GM-ODE, per step (default ceil(128 / steps))")
     draw.add_argument("--shift", type=number(float, 1e-3, 1e3), default=1.0, help="time shift of the grid (default 1)")
@@ -85,7 +86,7 @@ def run_sample(args) -> None:
         images = sample(
             checkpoint, labels, count=args.count, solver=args.solver, order=args.order, steps=args.steps,
             substeps=args.substeps, shift=args.shift, guidance=args.guidance, orthogonal=args.orthogonal,
-            spectral=not args.no_spectrum, temperature=args.temperature, seed=args.seed, batch_size=args.batch_size,
+            spectral=not args.no_spectrum, temperature=args.temperature, correction_steps=args.corrections, seed=args.seed, batch_size=args.batch_size,
             callback=lambda step: bar.update(),
         )
     seconds = time.perf_counter() - start

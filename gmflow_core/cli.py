@@ -11,7 +11,7 @@ from .checkpoint import Checkpoint
 from .denoiser import GMDenoiser
 from .noise import ImageNoise
 from .schedule import default_substeps, flow_sigmas
-from .solver import sample_gm_ode, sample_gm_sde
+from .solver import SecondOrder, sample_gm_ode, sample_gm_sde
 
 SOLVERS = ("gm-ode", "gm-sde")
 
@@ -59,6 +59,7 @@ def sample(
     orthogonal: float = 1.0,
     spectral: bool = True,
     temperature: float = 1.0,
+    correction_steps: int = 0,
     seed: int = 0,
     batch_size: int = 64,
     callback=None,
@@ -72,7 +73,8 @@ def sample(
         noise = ImageNoise(seed, indices, sample_shape(checkpoint), device)
         chosen = None if labels is None else torch.tensor([labels[i] for i in indices], device=device)
         denoiser = GMDenoiser(checkpoint.model, chosen, guidance if labels is not None else 0.0, orthogonal)
-        common = dict(order=order, temperature=temperature, callback=callback)
+        second_order = SecondOrder(correction_steps=correction_steps)
+        common = dict(order=order, second_order=second_order, temperature=temperature, callback=callback)
         sigmas, x = flow_sigmas(steps, shift), noise()
         if solver == "gm-ode":
             x = sample_gm_ode(denoiser, x, sigmas, substeps=substeps or default_substeps(steps), shift=shift, **common)
