@@ -1,4 +1,4 @@
-"""``python -m gmflow_core demo | sample | info | convert``."""
+"""``python -m gmflow_core demo | sample | inspect | info | convert``."""
 
 from __future__ import annotations
 
@@ -21,26 +21,23 @@ def build_parser() -> Parser:
     demo.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 
     draw = commands.add_parser("sample", help="sample any checkpoint")
-    draw.add_argument("checkpoint", type=Path, help="a GMFlow checkpoint: file or folder")
-    draw.add_argument("--labels", help="one image each: indices, ranges and class names, e.g. 0,1,2-9")
+    add_sampling(draw)
     draw.add_argument("--count", type=number(int, 1), help="images without a class (instead of --labels)")
-    draw.add_argument("--solver", choices=SOLVERS, default="gm-ode")
-    draw.add_argument("--order", type=number(int, 1, 2), default=2)
-    draw.add_argument("--corrections", type=number(int, 0, 100), default=0, help="correction steps of order 2 (default 0; 2 helps without guidance)")
-    draw.add_argument("--steps", type=number(int, 1, 10_000), default=8, help="network steps (default 8)")
-    draw.add_argument("--substeps", type=number(int, 1, 100_000), help="of GM-ODE, per step (default ceil(128 / steps))")
-    draw.add_argument("--shift", type=number(float, 1e-3, 1e3), default=1.0, help="time shift of the grid (default 1)")
-    draw.add_argument("--guidance", type=number(float, 0, 1, high_open=True), default=0.3,
-                      help="probabilistic guidance in [0, 1), not a CFG scale (default 0.3)")
-    draw.add_argument("--orthogonal", type=number(float, 0, 1), default=1.0, help="orthogonal projection (default 1)")
-    draw.add_argument("--temperature", type=number(float, 1e-3, 1e3), default=1.0)
-    draw.add_argument("--no-spectrum", action="store_true", help="GM-SDE with white noise")
-    draw.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     draw.add_argument("--batch-size", type=number(int, 1), default=64)
-    draw.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (default cpu)")
     draw.add_argument("--out", type=Path, default=Path("output"), help="folder (default output)")
     draw.add_argument("--images", action="store_true", help="also every image as its own PNG, in label order")
     draw.add_argument("--latents", action="store_true", help="also the raw samples as safetensors")
+
+    look = commands.add_parser("inspect", help="what the mixture believes at a step: a picture, an animation or numbers")
+    add_sampling(look)
+    look.add_argument("--view", default="sheet", help="components, weights, entropy, spread, winners, guidance, timeline, pixel or sheet (default)")
+    look.add_argument("--step", type=number(int, -10_000, 10_000), default=0, help="network step from 0; -1 is the last (default 0)")
+    look.add_argument("--image", type=number(int, 0), default=0, help="which of the labels, from 0 (default 0)")
+    look.add_argument("--arrange", default="aligned", help="components aligned over the image (default), ranked or raw")
+    look.add_argument("--max-components", type=number(int, 1), default=8)
+    look.add_argument("--pixel", type=number(int, 0), nargs=2, metavar=("X", "Y"), help="for --view pixel (default the middle)")
+    look.add_argument("--out", type=Path, default=Path("output/inspect.png"),
+                      help=".png or .jpg of one step, .gif or .webp over all steps, .json numbers, .safetensors mixtures (default output/inspect.png)")
 
     info = commands.add_parser("info", help="what a checkpoint holds")
     info.add_argument("checkpoint", type=Path)
@@ -53,14 +50,32 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_sample(args) -> None:
+def add_sampling(parser) -> None:
+    """Arguments of every command that samples."""
+    parser.add_argument("checkpoint", type=Path, help="a GMFlow checkpoint: file or folder")
+    parser.add_argument("--labels", help="one image each: indices, ranges and class names, e.g. 0,1,2-9")
+    parser.add_argument("--solver", choices=SOLVERS, default="gm-ode")
+    parser.add_argument("--order", type=number(int, 1, 2), default=2, help="of the solver (default 2)")
+    parser.add_argument("--corrections", type=number(int, 0, 100), default=0,
+                        help="correction steps of order 2 (default 0; 2 helps without guidance)")
+    parser.add_argument("--steps", type=number(int, 1, 10_000), default=8, help="network steps (default 8)")
+    parser.add_argument("--substeps", type=number(int, 1, 100_000), help="of GM-ODE, per step (default ceil(128 / steps))")
+    parser.add_argument("--shift", type=number(float, 1e-3, 1e3), default=1.0, help="time shift of the grid (default 1)")
+    parser.add_argument("--guidance", type=number(float, 0, 1, high_open=True), default=0.3,
+                        help="probabilistic guidance in [0, 1), not a CFG scale (default 0.3)")
+    parser.add_argument("--orthogonal", type=number(float, 0, 1), default=1.0, help="orthogonal projection (default 1)")
+    parser.add_argument("--temperature", type=number(float, 1e-3, 1e3), default=1.0)
+    parser.add_argument("--no-spectrum", action="store_true", help="GM-SDE with white noise")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (default cpu)")
+
+
+def open_checkpoint(args):
+    """The checkpoint on the asked-for device, and the labels as indices or None."""
     import torch
-    from safetensors.torch import save_file
-    from tqdm import tqdm
 
     from .checkpoint import load_checkpoint
     from .labels import LabelError, parse_labels
-    from .pictures import image_grid, scatter
 
     try:
         device = torch.device(args.device)
@@ -71,12 +86,30 @@ def run_sample(args) -> None:
     classes = getattr(checkpoint.config, "num_classes", None)
     if classes is None and args.labels:
         raise UsageError("--labels: this model has no classes; use --count")
-    if (args.labels is None) == (args.count is None):
-        raise UsageError("give either --labels (one image each) or --count (images without a class)")
     try:
-        labels = None if args.labels is None else parse_labels(args.labels, classes, checkpoint.class_names)
+        return checkpoint, None if args.labels is None else parse_labels(args.labels, classes, checkpoint.class_names)
     except LabelError as error:
         raise UsageError(f"--labels: {error}") from None
+
+
+def sampling_settings(args) -> dict:
+    return dict(
+        solver=args.solver, order=args.order, steps=args.steps, substeps=args.substeps, shift=args.shift,
+        guidance=args.guidance, orthogonal=args.orthogonal, spectral=not args.no_spectrum,
+        temperature=args.temperature, correction_steps=args.corrections, seed=args.seed,
+    )
+
+
+def run_sample(args) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from .pictures import image_grid, scatter
+
+    checkpoint, labels = open_checkpoint(args)
+    if (args.labels is None) == (args.count is None):
+        raise UsageError("give either --labels (one image each) or --count (images without a class)")
     args.out.mkdir(parents=True, exist_ok=True)
 
     total = len(labels) if labels is not None else args.count
@@ -84,9 +117,7 @@ def run_sample(args) -> None:
     start = time.perf_counter()
     with tqdm(total=batches * args.steps, unit="step", desc=args.solver) as bar:
         images = sample(
-            checkpoint, labels, count=args.count, solver=args.solver, order=args.order, steps=args.steps,
-            substeps=args.substeps, shift=args.shift, guidance=args.guidance, orthogonal=args.orthogonal,
-            spectral=not args.no_spectrum, temperature=args.temperature, correction_steps=args.corrections, seed=args.seed, batch_size=args.batch_size,
+            checkpoint, labels, count=args.count, batch_size=args.batch_size, **sampling_settings(args),
             callback=lambda step: bar.update(),
         )
     seconds = time.perf_counter() - start
@@ -105,6 +136,40 @@ def run_sample(args) -> None:
     if checkpoint.latent_space.kind == "sd-vae":
         print("note: these are latents of an SD VAE; the PNGs show their first three channels, not decoded images")
     print(f"{total} samples in {seconds:.1f} s: {args.out}/")
+
+
+def run_inspect(args) -> None:
+    import json
+
+    from .panels import draw, statistics
+    from .trace import Recorder, save_trace
+
+    checkpoint, labels = open_checkpoint(args)
+    if labels is None or getattr(checkpoint.config, "sample_size", None) is None:
+        raise UsageError("inspect draws image models: give --labels, one image each")
+    kind = args.out.suffix
+    if kind not in (".png", ".jpg", ".gif", ".webp", ".json", ".safetensors"):
+        raise UsageError(f"--out {args.out}: must end in .png, .jpg, .gif, .webp, .json or .safetensors")
+    recorder = Recorder(images=len(labels))
+    sample(checkpoint, labels, batch_size=len(labels), callback=recorder, **sampling_settings(args))
+    trace = recorder.trace()
+    panel = lambda step: draw(  # noqa: E731
+        trace, args.view, step, args.image, args.arrange, args.max_components, lambda x: x, args.pixel and tuple(args.pixel)
+    )
+    moving = kind in (".gif", ".webp")
+    pictures = [] if kind in (".json", ".safetensors") else [panel(step) for step in (range(args.steps) if moving else [args.step])]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".json":
+        args.out.write_text(json.dumps(statistics(trace, args.image), indent=1) + "\n", encoding="utf-8")
+    elif kind == ".safetensors":
+        save_trace(trace, args.out)
+    elif moving:
+        pictures[0].save(args.out, save_all=True, append_images=pictures[1:], duration=700, loop=0)
+    else:
+        pictures[0].save(args.out)
+    if checkpoint.latent_space.kind == "sd-vae":
+        print("note: these are latents of an SD VAE; pictures show their first three channels, not decoded images")
+    print(args.out)
 
 
 def run_info(args) -> None:
@@ -131,7 +196,8 @@ def run_demo(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
-        {"demo": run_demo, "sample": run_sample, "info": run_info, "convert": run_convert}[args.command](args)
+        commands = {"demo": run_demo, "sample": run_sample, "inspect": run_inspect, "info": run_info, "convert": run_convert}
+        commands[args.command](args)
     except ModuleNotFoundError as error:
         print(f'error: {error.name} is not installed: python -m pip install -e ".[standalone]"', file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import GaussianMixture
+from .mixture import GaussianFactor, GaussianMixture
 
 
 def weight_entropy(mixture: GaussianMixture) -> Tensor:
@@ -56,6 +56,25 @@ def spread(mixture: GaussianMixture) -> Spread:
     total = mixture.moments().var.squeeze(1)
     within = mixture.var.squeeze(1).expand_as(total)
     return Spread(within.sqrt(), (total - within).clamp(min=0).sqrt(), total.sqrt())
+
+
+def tilt_divergence(mixture: GaussianMixture, factor: GaussianFactor) -> Tensor:
+    r"""KL(p tilted || p) of a mixture p and a tilt f(x) = exp(h.x - lambda |x|^2/2), in nats, exactly: (B,*S).
+
+        KL = E[log f] - log Z under the tilted p, Z = sum_k w_k (1 + lambda v)^(-C/2)
+             exp((h.mean_k - lambda |mean_k|^2/2 + v |h|^2/2) / (1 + lambda v))
+    """
+    tilted, v = mixture.tilt(factor), mixture.var                               # v (B,1,*1)
+    h, precision, c = factor.shift, factor.precision, mixture.channels
+    shrink = (1 + precision * v).reciprocal()
+    dot = (mixture.means * h.unsqueeze(1)).sum(2, keepdim=True)                 # (B,K,1,*S)
+    square = mixture.means.square().sum(2, keepdim=True)
+    own = (0.5 * v * h.square()).sum(1, keepdim=True).unsqueeze(1)
+    exponent = (dot - 0.5 * precision.unsqueeze(1) * square + own) * shrink.unsqueeze(1)
+    log_z = (mixture.log_weights + exponent).logsumexp(1) + 0.5 * c * shrink.log()
+    second = (tilted.weights * tilted.means.square().sum(2, keepdim=True)).sum(1) + c * tilted.var
+    expected = (h * tilted.mean()).sum(1, keepdim=True) - 0.5 * precision * second
+    return (expected - log_z).squeeze(1)
 
 
 def reorder(mixture: GaussianMixture, order: Tensor) -> GaussianMixture:

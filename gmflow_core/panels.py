@@ -1,4 +1,4 @@
-"""Panels of what a mixture believes at one step of a trace, and their numbers as JSON.
+"""Panels of what a mixture believes along a trace.
 
 A panel needs ``decode``: x_0 (N,C,H,W) to RGB (N,3,H',W') in [-1, 1], a VAE or the identity.
 """
@@ -7,42 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .inspect import (
-    align, dominance, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy,
-)
+from .charts import Series, component_colour, legend, line_chart, marginal_chart, scatter_chart
+from .inspect import align, dominance, dominant_component, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy
 from .mixture import GaussianMixture
-from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet
-from .trace import Trace, TraceStep
+from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet, to_uint8
+from .trace import Trace, TraceStep, pick, statistics
 
-VIEWS = ("components", "weights", "entropy", "spread")
 ORDERS = ("aligned", "ranked", "raw")
 PANEL = 192  # pixels of one picture's longer side, at least
 
 Decode = Callable[[Tensor], Tensor]
-
-
-def pick(trace: Trace, step: int, image: int) -> TraceStep:
-    """One step of one image (a batch of one, float32); ValueError if there is none of that number."""
-    steps, images = len(trace.steps), len(trace.steps[0].x)
-    if not -steps <= step < steps:
-        raise ValueError(f"step: got {step}; this trace has steps 0 to {steps - 1} (-1 is the last)")
-    if not 0 <= image < images:
-        raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}")
-    chosen = trace.steps[step]
-    one = lambda t: t[image : image + 1].float()  # noqa: E731
-    return TraceStep(
-        chosen.sigma, chosen.sigma_next, one(chosen.x),
-        *(_normalised(m.map(one)) for m in (chosen.conditional, chosen.guided, chosen.corrected)),
-    )
-
-
-def _normalised(mixture: GaussianMixture) -> GaussianMixture:
-    """Weights that sum to one again after half precision."""
-    return GaussianMixture.from_logits(mixture.means, mixture.log_weights, mixture.log_std)
 
 
 def ordered(mixture: GaussianMixture, order: str, count: int) -> GaussianMixture:
@@ -56,31 +35,57 @@ def ordered(mixture: GaussianMixture, order: str, count: int) -> GaussianMixture
     return GaussianMixture(mixture.means[:, :count], mixture.log_weights[:, :count], mixture.log_std)
 
 
-def draw(trace: Trace, view: str, step: int, image: int, order: str, count: int, decode: Decode):
-    """One panel as a Pillow image; ValueError for a view, step or image that does not exist."""
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Everything that a view may draw: one step of one image, and the trace around it."""
+
+    trace: Trace
+    image: int
+    step: TraceStep
+    title: str
+    mixture: GaussianMixture      # the corrected mixture, ordered and cut to size
+    decode: Decode
+    pixel: tuple[int, int]        # (x, y) in the latent
+
+    def mean(self) -> Tensor:
+        return self.decode(self.step.corrected.mean())
+
+
+def draw(
+    trace: Trace, view: str, step: int, image: int, order: str, count: int, decode: Decode,
+    pixel: tuple[int, int] | None = None,
+):
+    """One panel as a Pillow image; ValueError for a view, step, image or pixel that does not exist.
+
+    ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None.
+    """
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
     chosen = pick(trace, step, image)
+    height, width = chosen.x.shape[-2:]
+    pixel = (width // 2, height // 2) if pixel is None else pixel
+    if not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
+        raise ValueError(f"pixel: got x {pixel[0]}, y {pixel[1]}; this latent is {width} wide and {height} high, counted from 0")
     number = step % len(trace.steps)
     title = f"Step {number + 1} of {len(trace.steps)}, sigma {chosen.sigma:.3f}"
-    return {"components": _components, "weights": _weights, "entropy": _entropy, "spread": _spread}[view](
-        chosen, title, ordered(chosen.corrected, order, count), decode
-    )
+    return VIEWS[view](Scene(trace, image, chosen, title, ordered(chosen.corrected, order, count), decode, pixel))
 
+
+# ---- tiles -------------------------------------------------------------------------------------
 
 def _scale(picture: Tensor) -> int:
     return max(1, math.ceil(PANEL / max(picture.shape[-2:])))
 
 
-def _grid(images: Tensor, columns: int):
-    return image_grid(images, columns, _scale(images))
+def _tile(images: Tensor):
+    return image_grid(images, 1, _scale(images))
 
 
 def _labelled(images: Tensor, captions: list[str], columns: int = 4):
     """Tiles in rows, each with a caption beneath."""
     from PIL import Image, ImageDraw
 
-    tiles = [image_grid(picture[None], 1, _scale(picture)) for picture in images]
+    tiles = [_tile(picture[None]) for picture in images]
     width, height, foot = tiles[0].width, tiles[0].height, 24
     columns = min(columns, len(tiles))
     canvas = Image.new("RGB", (columns * (width + 8) - 8, -(-len(tiles) // columns) * (height + foot)), PAPER)
@@ -92,63 +97,160 @@ def _labelled(images: Tensor, captions: list[str], columns: int = 4):
     return canvas
 
 
-def _components(chosen: TraceStep, title: str, mixture: GaussianMixture, decode: Decode):
-    shares = mean_weights(mixture)[0]
-    captions = [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(shares.tolist())]
-    row = [_labelled(decode(chosen.corrected.mean()), ["mean"]), _labelled(decode(mixture.means[0]), captions)]
-    return sheet([row], [], ["what the step uses", "components, with their share of the weight"], title)
+def _captions(mixture: GaussianMixture) -> list[str]:
+    return [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(mean_weights(mixture)[0].tolist())]
 
 
-def _weights(chosen: TraceStep, title: str, mixture: GaussianMixture, decode: Decode):
-    shares = mean_weights(mixture)[0]
-    captions = [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(shares.tolist())]
-    maps = heat(mixture.weights[0, :, 0], 0, 1)
-    row = [_labelled(decode(chosen.corrected.mean()), ["mean"]), _labelled(maps, captions), colour_bar(0, 1, "weight", PANEL)]
-    return sheet([row], [], ["what the step uses", "weight of each component", ""], title)
+def _columns(count: int) -> int:
+    return 4 if count <= 12 else 8
 
 
-def _entropy(chosen: TraceStep, title: str, mixture: GaussianMixture, decode: Decode):
-    bits, whole = weight_entropy(chosen.corrected), chosen.corrected
-    top = math.log2(whole.components) or 1.0
-    row = [_grid(decode(whole.mean()), 1), _grid(heat(bits, 0, top), 1), colour_bar(0, top, "bits", PANEL)]
+# ---- views -------------------------------------------------------------------------------------
+
+def _components(scene: Scene):
+    tiles = _labelled(scene.decode(scene.mixture.means[0]), _captions(scene.mixture), _columns(scene.mixture.components))
+    return sheet([[_tile(scene.mean()), tiles]], [], ["mean", "components, with their share of the weight"], scene.title)
+
+
+def _weights(scene: Scene):
+    maps = heat(scene.mixture.weights[0, :, 0], 0, 1)
+    tiles = _labelled(maps, _captions(scene.mixture), _columns(scene.mixture.components))
+    row = [_tile(scene.mean()), tiles, colour_bar(0, 1, "weight", PANEL)]
+    return sheet([row], [], ["mean", "weight of each component", ""], scene.title)
+
+
+def _winner_map(scene: Scene):
+    """The heaviest component of each pixel in its colour, and a legend with shares of the pixels."""
+    colours = torch.tensor([component_colour(k) for k in range(scene.mixture.components)]) / 127.5 - 1
+    picture = colours[dominant_component(scene.mixture)[0]].movedim(-1, 0)[None]
+    shares = dominance(scene.mixture)[0].tolist()
+    shown = [k for k, share in enumerate(shares) if share > 0]
+    names = [f"{k + 1}: {100 * shares[k]:.1f} % of pixels" for k in shown]
+    return _tile(picture), legend([component_colour(k) for k in shown], names)
+
+
+def _winners(scene: Scene):
+    return sheet([[_tile(scene.mean()), *_winner_map(scene)]], [], ["mean", "heaviest component", ""], scene.title)
+
+
+def _entropy(scene: Scene):
+    whole = scene.step.corrected
+    bits, top = weight_entropy(whole), math.log2(whole.components) or 1.0
+    row = [_tile(scene.mean()), _tile(heat(bits, 0, top)), colour_bar(0, top, "bits", PANEL)]
     note = f"{bits.mean():.2f} bits on average: {effective_components(whole).mean():.2f} effective components of {whole.components}"
-    return sheet([row], [], ["what the step uses", "entropy of the weights", ""], title, note)
+    return sheet([row], [], ["mean", "entropy of the weights", ""], scene.title, note)
 
 
-def _spread(chosen: TraceStep, title: str, mixture: GaussianMixture, decode: Decode):
-    parts = spread(chosen.corrected)
+def _spread(scene: Scene):
+    parts = spread(scene.step.corrected)
     top = float(parts.total.max()) or 1.0
-    row = [_grid(decode(chosen.corrected.mean()), 1)]
-    row += [_grid(heat(part, 0, top), 1) for part in (parts.within, parts.between)]
-    row.append(colour_bar(0, top, "std", PANEL))
-    return sheet([row], [], ["what the step uses", "std within components", "std between components", ""], title)
+    maps = [_tile(heat(part, 0, top)) for part in (parts.within, parts.between)]
+    note = f"within {float(parts.within.mean()):.4f}, between {float(parts.between.mean()):.4f} on average, in units of x_0"
+    row = [_tile(scene.mean()), *maps, colour_bar(0, top, "std", PANEL)]
+    return sheet([row], [], ["mean", "std within components", "std between components", ""], scene.title, note)
 
 
-def statistics(trace: Trace, image: int = 0) -> dict:
-    """Numbers of every step, small and plain: entropy in bits, standard deviations in units of x_0."""
-    return {"format": 1, "image": image, "steps": [_step_statistics(trace, i, image) for i in range(len(trace.steps))]}
+def _guidance(scene: Scene):
+    step = scene.step
+    before, after = step.conditional.mean(), step.guided.mean()
+    shift = (after - before).square().mean(1).sqrt()
+    if step.divergence is None:
+        note = "No probabilistic guidance at this step. Vanilla CFG moves the conditional mixture itself, before it is recorded."
+        return sheet([[_tile(scene.decode(before))]], [], ["conditional mean"], scene.title, note)
+    difference = scene.decode(after) - scene.decode(before)
+    gain = 1 / max(float(difference.abs().max()), 1e-6)
+    tops = [float(shift.max()) or 1.0, float(step.divergence.max()) or 1.0]
+    cells = [
+        _tile(scene.decode(before)), _tile(scene.decode(after)), _tile(difference * gain),
+        _tile(heat(shift, 0, tops[0])), colour_bar(0, tops[0], "rms", PANEL),
+        _tile(heat(step.divergence, 0, tops[1])), colour_bar(0, tops[1], "nats", PANEL),
+    ]
+    titles = ["conditional mean", "guided mean", f"difference x {gain:.3g}", "shift of the mean", "", "KL(guided || conditional)", ""]
+    note = f"rms shift {float(shift.mean()):.4f} in units of x_0, KL {float(step.divergence.mean()):.3f} nats a pixel on average"
+    return sheet([cells], [], titles, scene.title, note)
 
 
-def _step_statistics(trace: Trace, index: int, image: int) -> dict:
-    chosen = pick(trace, index, image)
-    mixture = chosen.corrected
-    bits, parts = weight_entropy(mixture), spread(mixture)
-    aligned = align(mixture)
-    shift = (chosen.guided.mean() - chosen.conditional.mean()).norm(dim=1)
-    return {
-        "step": index, "sigma": _number(chosen.sigma), "sigma_next": _number(chosen.sigma_next),
-        "entropy_bits": _summary(bits), "effective_components": _summary(effective_components(mixture)),
-        "log_std": _number(float(mixture.log_std.flatten()[0])),
-        "std_between": _summary(parts.between), "guidance_shift": _summary(shift),
-        "weights": [_number(v) for v in mean_weights(aligned)[0].tolist()],
-        "dominance": [_number(v) for v in dominance(aligned)[0].tolist()],
-    }
+def _charts(scene: Scene) -> list:
+    steps = statistics(scene.trace, scene.image)["steps"]
+    sigmas = [s["sigma"] for s in steps]
+
+    def of(name: str, label: str, band: bool = True) -> Series:
+        values = [s[name] or {"mean": 0.0, "p5": 0.0, "p95": 0.0} for s in steps]
+        low, high = ([v[p] for v in values] for p in ("p5", "p95"))
+        return Series(label, [v["mean"] for v in values], *((low, high) if band else ()))
+
+    within = Series("within", [s["std_within"] for s in steps])
+    components = scene.step.corrected.components
+    return [
+        line_chart("entropy, bits", sigmas, [of("entropy_bits", "entropy")], top=1.05 * (math.log2(components) or 1)),
+        line_chart("effective components", sigmas, [of("effective_components", "components")], top=1.05 * components),
+        line_chart("standard deviation", sigmas, [within, of("std_between", "between")]),
+        line_chart("rms shift of the mean", sigmas, [of("guidance_shift", "guidance", False), of("correction_shift", "second order", False)]),
+    ]
 
 
-def _summary(values: Tensor) -> dict:
-    low, middle, high = torch.quantile(values.flatten(), values.new_tensor([0.05, 0.5, 0.95])).tolist()
-    return {"mean": _number(float(values.mean())), "p5": _number(low), "median": _number(middle), "p95": _number(high)}
+def _timeline(scene: Scene):
+    charts, count = _charts(scene), len(scene.trace.steps)
+    title = f"{count} step{'s' * (count > 1)}, from noise to image"
+    return sheet([charts[:2], charts[2:]], [], [], title, "Lines: average over pixels. Bands: 5 % to 95 % of the pixels.")
 
 
-def _number(value: float) -> float:
-    return round(value, 6)
+def _pixel(scene: Scene):
+    x, y = scene.pixel
+    whole = scene.step.corrected.map(lambda t: t if t.shape[-1] == 1 and t.shape[-2] == 1 else t[..., y : y + 1, x : x + 1])
+    channels = whole.channels
+    if channels == 3:
+        colours = [tuple(int(v) for v in rgb) for rgb in to_uint8(whole.means[0])[:, 0, 0]]
+    else:
+        colours = [component_colour(k) for k in range(whole.components)]
+    names = ["R", "G", "B"] if channels == 3 else [f"ch {c + 1}" for c in range(channels)]
+    marked = _mark(_tile(scene.mean()), scene.pixel, scene.step.x.shape[-2:])
+    note = f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.4f}"
+    cells = [marked, scatter_chart(whole, colours), marginal_chart(whole, names)]
+    return sheet([cells], [], ["mean", "", ""], f"{scene.title}, pixel x {x}, y {y}", note)
+
+
+def _mark(tile, pixel: tuple[int, int], size):
+    """A box around one latent pixel of a picture."""
+    from PIL import ImageDraw
+
+    x, y = pixel
+    unit = (tile.width - 4) / size[1], (tile.height - 4) / size[0]
+    box = (2 + x * unit[0] - 2, 2 + y * unit[1] - 2, 2 + (x + 1) * unit[0] + 1, 2 + (y + 1) * unit[1] + 1)
+    pen = ImageDraw.Draw(tile)
+    pen.rectangle(box, outline=(255, 255, 255), width=3)
+    pen.rectangle(box, outline=(0, 0, 0), width=1)
+    return tile
+
+
+def _sheet(scene: Scene):
+    whole, noisy = scene.step.corrected, _tile(scene.decode(scene.step.x))
+    bits, top = weight_entropy(whole), math.log2(whole.components) or 1.0
+    between = spread(whole).between
+    reach = float(between.max()) or 1.0
+    maps = sheet([[
+        noisy, _tile(scene.mean()), _tile(heat(bits, 0, top)), colour_bar(0, top, "bits", PANEL),
+        _tile(heat(between, 0, reach)), colour_bar(0, reach, "std", PANEL), *_winner_map(scene),
+    ]], [], ["x_t", "mean", "entropy", "", "std between components", "", "heaviest component", ""], scene.title)
+    count = min(scene.mixture.components, 8)
+    tiles = _labelled(scene.decode(scene.mixture.means[0, :count]), _captions(scene.mixture)[:count], 8)
+    row = sheet([[tiles]], [], [f"{count} of {scene.mixture.components} components, with their share of the weight"], "Components")
+    charts = sheet([_charts(scene)], [], [], "Over the steps", "Lines: average over pixels. Bands: 5 % to 95 % of the pixels.")
+    return _stack([maps, row, charts])
+
+
+def _stack(pictures: list):
+    from PIL import Image
+
+    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
+    y = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, y))
+        y += picture.height
+    return canvas
+
+
+VIEWS: dict[str, Callable[[Scene], object]] = {
+    "components": _components, "weights": _weights, "entropy": _entropy, "spread": _spread, "winners": _winners,
+    "guidance": _guidance, "timeline": _timeline, "pixel": _pixel, "sheet": _sheet,
+}

@@ -86,6 +86,7 @@ def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: S
     for label, h in zip(row_titles, heights):
         draw.text((pad, y + h / 2), label, TEXT, small, anchor="lm")
         y += h + pad
+    y = top + sum(heights) + pad * len(heights)
     for i, line in enumerate(notes):
         draw.text((pad, y + 21 * i), line, FAINT, small)
     return canvas

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .guidance import Guided
-from .mixture import GaussianMixture
+from .inspect import (
+    align, dominance, effective_components, mean_weights, spread, tilt_divergence, weight_entropy,
+)
+from .mixture import GaussianFactor, GaussianMixture
 from .solver import StepInfo
 
 
@@ -22,20 +27,20 @@ class TraceStep:
     conditional: GaussianMixture    # before guidance
     guided: GaussianMixture         # after it; the conditional itself without guidance
     corrected: GaussianMixture      # after the second-order correction: what the step used
+    divergence: Tensor | None = None  # (B,*S) KL(guided || conditional) in nats; None without probabilistic guidance
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The steps of one sampling run, in order, and the labels of its images where they are known."""
+    """The steps of one sampling run, in order."""
 
     steps: tuple[TraceStep, ...]
-    labels: tuple[str, ...] = ()
 
 
 class Recorder:
     """A sampler's callback that keeps a :class:`Trace`: the first ``images`` images of at most ``steps`` steps.
 
-    Mixtures are stored in half precision on the CPU: 2 B K (C + 1) H W bytes each, three to a step.
+    Mixtures are stored in half precision on the CPU: 2 B K (C + 1) H W bytes each, up to three a step.
     """
 
     def __init__(self, images: int = 4, steps: int = 1000):
@@ -44,11 +49,20 @@ class Recorder:
     def __call__(self, info: StepInfo) -> None:
         if len(self.kept) < self.limit:
             self.kept.append(TraceStep(
-                info.sigma, info.sigma_next, self._half(info.x), *self._mixtures(info.guided, info.posterior)
+                info.sigma, info.sigma_next, self._half(info.x), *self._mixtures(info.guided, info.posterior),
+                self._divergence(info.guided),
             ))
 
-    def trace(self, labels: tuple[str, ...] = ()) -> Trace:
-        return Trace(tuple(self.kept), labels[: self.images])
+    def trace(self) -> Trace:
+        return Trace(tuple(self.kept))
+
+    def _divergence(self, guided: Guided) -> Tensor | None:
+        if guided.bias is None:
+            return None
+        first = lambda t: t[: self.images]  # noqa: E731
+        factor = guided.target.factor() - guided.anchor.factor()
+        factor = GaussianFactor(first(factor.precision), first(factor.shift))
+        return tilt_divergence(guided.base.map(first), factor).to("cpu", torch.float16)
 
     def _mixtures(self, guided: Guided, posterior: GaussianMixture) -> tuple[GaussianMixture, ...]:
         stored: dict[int, GaussianMixture] = {}  # the three are often one: keep it once
@@ -57,3 +71,80 @@ class Recorder:
 
     def _half(self, x: Tensor) -> Tensor:
         return x[: self.images].detach().to("cpu", torch.float16)
+
+
+def pick(trace: Trace, step: int, image: int) -> TraceStep:
+    """One step of one image (a batch of one, float32); ValueError if there is none of that number."""
+    steps, images = len(trace.steps), len(trace.steps[0].x)
+    if not -steps <= step < steps:
+        raise ValueError(f"step: got {step}; this trace has steps 0 to {steps - 1} (-1 is the last)")
+    if not 0 <= image < images:
+        raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}")
+    chosen = trace.steps[step]
+    one = lambda t: t[image : image + 1].float()  # noqa: E731
+    return TraceStep(
+        chosen.sigma, chosen.sigma_next, one(chosen.x),
+        *(_normalised(m.map(one)) for m in (chosen.conditional, chosen.guided, chosen.corrected)),
+        None if chosen.divergence is None else one(chosen.divergence),
+    )
+
+
+def _normalised(mixture: GaussianMixture) -> GaussianMixture:
+    """Weights that sum to one again after half precision."""
+    return GaussianMixture.from_logits(mixture.means, mixture.log_weights, mixture.log_std)
+
+
+def save_trace(trace: Trace, path) -> None:
+    """Every tensor of a trace as ``.safetensors`` (half precision): ``step_000.x``, ``step_000.guided.means``, ...
+
+    The metadata's key ``gmflow_trace`` holds JSON: ``format`` and the ``sigmas`` of the steps.
+    """
+    tensors = {}
+    for i, step in enumerate(trace.steps):
+        tensors[f"step_{i:03d}.x"] = step.x
+        for name in ("conditional", "guided", "corrected"):
+            mixture = getattr(step, name)
+            for part in ("means", "log_weights", "log_std"):
+                tensors[f"step_{i:03d}.{name}.{part}"] = getattr(mixture, part)
+        if step.divergence is not None:
+            tensors[f"step_{i:03d}.guidance_kl"] = step.divergence
+    header = {"format": 1, "sigmas": [step.sigma for step in trace.steps]}
+    save_file({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, path,
+              {"gmflow_trace": json.dumps(header)})
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+def statistics(trace: Trace, image: int = 0) -> dict:
+    """Numbers of every step of one image, plain and small (see docs/statistics.md).
+
+    Entropy in bits, standard deviations and shifts (root mean square over channels) in units of x_0, KL in nats.
+    """
+    return {"format": 1, "image": image, "steps": [_step_statistics(trace, i, image) for i in range(len(trace.steps))]}
+
+
+def _step_statistics(trace: Trace, index: int, image: int) -> dict:
+    chosen = pick(trace, index, image)
+    mixture = chosen.corrected
+    bits, parts = weight_entropy(mixture), spread(mixture)
+    aligned = align(mixture)
+    shift = lambda a, b: _summary((a.mean() - b.mean()).square().mean(1).sqrt())  # noqa: E731
+    return {
+        "step": index, "sigma": _number(chosen.sigma), "sigma_next": _number(chosen.sigma_next),
+        "entropy_bits": _summary(bits), "effective_components": _summary(effective_components(mixture)),
+        "log_std": _number(float(mixture.log_std.flatten()[0])),
+        "std_within": _number(float(parts.within.flatten()[0])), "std_between": _summary(parts.between),
+        "guidance_shift": shift(chosen.guided, chosen.conditional), "correction_shift": shift(mixture, chosen.guided),
+        "guidance_kl": None if chosen.divergence is None else _summary(chosen.divergence),
+        "weights": [_number(v) for v in mean_weights(aligned)[0].tolist()],
+        "dominance": [_number(v) for v in dominance(aligned)[0].tolist()],
+    }
+
+
+def _summary(values: Tensor) -> dict:
+    low, middle, high = torch.quantile(values.flatten(), values.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return {"mean": _number(float(values.mean())), "p5": _number(low), "median": _number(middle), "p95": _number(high)}
+
+
+def _number(value: float) -> float:
+    return round(value, 6)

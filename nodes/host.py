@@ -222,6 +222,14 @@ def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool =
     return patcher
 
 
+def output_file(prefix: str, suffix: str) -> Path:
+    """A new file's name in the output folder, numbered as the core's save nodes number theirs."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
+        counter += 1
+    return path
+
+
 def require_gmflow(model, name: str = "model") -> ModelInfo:
     """The ModelInfo of a MODEL; ValueError if it is of another kind."""
     inner = getattr(model, "model", None)

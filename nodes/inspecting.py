@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..gmflow_core.panels import ORDERS, VIEWS, draw, statistics
+from ..gmflow_core.panels import ORDERS, VIEWS, draw
+from ..gmflow_core.trace import save_trace, statistics
 from . import host
 from .schema import GMTrace, advanced, schema
 from .tracing import TraceSource
@@ -26,12 +27,21 @@ class GMFlowInspector(io.ComfyNode):
                 io.Int.Input("image", default=0, min=0, max=4095, tooltip="Which image of the batch, from 0. A trace keeps the first four."),
                 io.Combo.Input("view", options=list(VIEWS), default=VIEWS[0],
                                tooltip="components: each one's mean. weights: where each one is believed. entropy: where the model is "
-                                       "undecided. spread: standard deviation within and between components."),
+                                       "undecided. spread: standard deviation within and between components. winners: the heaviest "
+                                       "component. guidance: what it changed. timeline: all steps. pixel: one pixel's mixture. "
+                                       "sheet: an overview."),
                 advanced(io.Combo.Input("order", options=list(ORDERS), default=ORDERS[0],
                                         tooltip="Components of neighbouring pixels need not correspond. aligned: matched over the image; "
                                                 "ranked: by weight at each pixel; raw: as the network numbers them.")),
                 advanced(io.Int.Input("max_components", default=8, min=1, max=64,
                                       tooltip="At most as many; with order aligned, components that agree are merged.")),
+                advanced(io.Int.Input("pixel_x", default=-1, min=-1, max=16383,
+                                      tooltip="For view pixel: its column in the latent, from 0; -1 is the middle.")),
+                advanced(io.Int.Input("pixel_y", default=-1, min=-1, max=16383,
+                                      tooltip="For view pixel: its row in the latent, from 0; -1 is the middle.")),
+                advanced(io.Boolean.Input("save_tensors", default=False,
+                                          tooltip="Also write every mixture of the trace to the output folder as gmflow_trace_*.safetensors "
+                                                  "(half precision, 2 K (C + 1) H W bytes an image, up to three times a step).")),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes latents. RGB models need none; without one, latents are shown in rough colours."),
             ],
             [
@@ -43,10 +53,14 @@ class GMFlowInspector(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, trace, step, image, view, order, max_components, vae=None) -> io.NodeOutput:
+    def execute(cls, trace, step, image, view, order, max_components, pixel_x=-1, pixel_y=-1, save_tensors=False, vae=None) -> io.NodeOutput:
         if not isinstance(trace, TraceSource):
             raise ValueError(f"trace: got a {type(trace).__name__}; connect the trace of GMFlow KSampler or GMFlow Sampler Custom")
-        recorded = trace.trace()
-        picture = draw(recorded, view, step, image, order, max_components, host.decoder(trace.model, vae))
+        recorded, decode = trace.trace(), host.decoder(trace.model, vae)
+        height, width = recorded.steps[0].x.shape[-2:]
+        pixel = (width // 2 if pixel_x < 0 else pixel_x, height // 2 if pixel_y < 0 else pixel_y)
+        picture = draw(recorded, view, step, image, order, max_components, decode, pixel)
+        if save_tensors:
+            save_trace(recorded, host.output_file("gmflow_trace", ".safetensors"))
         panel = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
         return io.NodeOutput(panel, json.dumps(statistics(recorded, image)), ui=ui.PreviewImage(panel, cls=cls))

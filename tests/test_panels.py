@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gmflow_core import GaussianMixture, flow_sigmas, guide_probabilistic, sample_gm_ode
-from gmflow_core.panels import ORDERS, VIEWS, draw, ordered, pick, statistics
-from gmflow_core.trace import Recorder
+from gmflow_core.panels import ORDERS, VIEWS, draw, ordered
+from gmflow_core.trace import Recorder, pick, statistics
 
 
 def mixture(rng, k=8, c=3, size=16, b=3, std=-2.0):
