@@ -25,7 +25,7 @@ class GMFlowInspector(io.ComfyNode):
                 GMTrace.Input("trace", tooltip="From GMFlow KSampler or GMFlow Sampler Custom."),
                 io.Int.Input("step", default=0, min=-10_000, max=10_000, tooltip="Which network step, from 0; -1 is the last."),
                 io.Int.Input("image", default=0, min=0, max=4095, tooltip="Which image of the batch, from 0. A trace keeps the first four."),
-                io.Combo.Input("view", options=list(VIEWS), default=VIEWS[0],
+                io.Combo.Input("view", options=list(VIEWS), default="components",
                                tooltip="components: each one's mean. weights: where each one is believed. entropy: where the model is "
                                        "undecided. spread: standard deviation within and between components. winners: the heaviest "
                                        "component. guidance: what it changed. timeline: all steps. pixel: one pixel's mixture. "
