@@ -1,0 +1,410 @@
+"""Makes every workflow: ``NAME.json`` for the page and ``api/NAME.json`` for programs, from one description.
+
+    python -m workflows.build                         write all of them
+    python -m workflows.build --snapshot URL          first renew tests/data/object_info.json from a running server
+    python -m workflows.build --compare URL           does another server's version agree on what is used?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+import urllib.request
+from pathlib import Path
+
+from .graph import Flow, Group, Output, fields, inputs_of, options
+
+HERE = Path(__file__).resolve().parent
+SNAPSHOT = HERE.parent / "tests" / "data" / "object_info.json"
+LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")}  # kept short
+DIGITS = "gmdit_digits.safetensors"
+BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#4a7a4a", "#6d5a96", "#8a6d3b"
+
+
+def start(flow: Flow, labels: str, images: int) -> tuple[Group, Output, Output, Output, Output]:
+    """The group that every workflow of digits begins with: model, both conditionings and an empty latent."""
+    group = flow.group("Model and classes", pos=(380, 0))
+    model = flow.add("GMFlowLoader", model_name=DIGITS).out
+    classes = flow.add("GMFlowClassConditioning", model=model, labels=labels)
+    latent = flow.add("GMFlowEmptyLatent", model=model, batch_size=images).out
+    return group, model, classes["positive"], classes["negative"], latent
+
+
+def pixels(flow: Flow) -> Output:
+    """The core's VAE for models that paint pixels: it only changes their range."""
+    return flow.add("VAELoader", "No VAE: RGB pixels", vae_name="pixel_space").out
+
+
+def enlarge(flow: Flow, latent: Output, vae: Output) -> Output:
+    """A column of two nodes: pixels, large enough to be seen."""
+    images = flow.add("VAEDecode", size=(240, 60), samples=latent, vae=vae).out
+    return flow.add("ImageScaleBy", "Enlarge the pixels", size=(240, 90), under=True, image=images,
+                    upscale_method="nearest-exact", scale_by=8.0).out
+
+
+def quickstart(flow: Flow) -> None:
+    flow.note("""
+# Digits in eight steps
+
+The bundled model paints 16 x 16 pixel digits in one of six inks. It needs no download and no GPU.
+
+Press **Run**: ten digits, one for each class.
+
+### Try
+- **labels**: `7`, or `0-4, 9`. Give one label for all images, or one for each image of **batch_size**.
+- **steps**: 4 is still clean; with 1 every pixel chooses an ink by itself.
+- **guidance**: 0 is the model alone, 0.3 is good for the digits, 0.75 is strong. It is no CFG scale.
+- **solver**: GM-SDE adds noise at every step, GM-ODE none.
+
+*No VAE*: this model works on pixels. Models of Stable Diffusion's latents need its VAE there.
+""", size=(340, 400))
+    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    group = flow.group("Sample", right_of=group, color=GREEN)
+    sampler = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+                       latent_image=latent, seed=1, guidance=0.3)
+    group = flow.group("To an image", right_of=group, color=PURPLE)
+    images = enlarge(flow, sampler["latent"], pixels(flow))
+    flow.group("Look and keep", right_of=group, color=BROWN)
+    flow.add("PreviewImage", size=(440, 216), images=images)
+    flow.add("SaveImage", size=(440, 270), images=images, filename_prefix="gmflow/quickstart")
+
+
+def guidance_sweep(flow: Flow) -> None:
+    flow.note("""
+# Two kinds of guidance
+
+Five rows, the same noise: compare one digit down its column.
+
+**Probabilistic guidance** (rows 1 to 3) re-weights the mixture: components that the class makes likelier gain. 0 is none.
+
+**Vanilla CFG** (rows 4 and 5) moves every component by the difference to the unconditional mean, as Stable Diffusion's guidance does. 1 is none.
+
+### See
+- Without guidance the 7 and the 8 are hard to read.
+- Both kinds make digits plainer, and more alike. The ink may change.
+- These inks are pure, so little can oversaturate; on photographs strong CFG does.
+
+### Try
+- **orthogonal** 0: guidance may brighten too.
+- **end_percent** 0.5: guide only the first half.
+- **labels** `4`: ten fours.
+""", size=(340, 500))
+    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    shared = flow.group("The same for all rows", below=group, color=GREEN)
+    noise = flow.add("RandomNoise", noise_seed=7).out
+    sampler = flow.add("SamplerGMFlowODE").out
+    sigmas = flow.add("GMFlowScheduler", model=model, steps=8).out
+    vae = pixels(flow)
+    rows = [
+        ("Probabilistic guidance 0: none", "probabilistic_0.0", dict(guidance=0.0)),
+        ("Probabilistic guidance 0.3", "probabilistic_0.3", dict(guidance=0.3)),
+        ("Probabilistic guidance 0.6", "probabilistic_0.6", dict(guidance=0.6)),
+        ("Vanilla CFG 1.5", "vanilla_1.5", dict(method="vanilla CFG", cfg_scale=1.5)),
+        ("Vanilla CFG 4", "vanilla_4.0", dict(method="vanilla CFG", cfg_scale=4.0)),
+    ]
+    row = None
+    for title, name, settings in rows:
+        beside = dict(right_of=shared, gap=100, pos=(None, 0)) if row is None else dict(below=row)
+        row = flow.group(title, across=True, color=PURPLE if "CFG" in title else BLUE, **beside)
+        guider = flow.add("GMFlowGuider", size=(290, 250), show_advanced=True, model=model, positive=positive,
+                          negative=negative, **settings).out
+        sampled = flow.add("SamplerCustomAdvanced", size=(240, 130), noise=noise, guider=guider, sampler=sampler,
+                           sigmas=sigmas, latent_image=latent)
+        images = enlarge(flow, sampled["output"], vae)
+        flow.add("SaveImage", title, size=(1060, 290), images=images, filename_prefix=f"gmflow/guidance/{name}")
+
+
+def advanced_custom_sampling(flow: Flow) -> None:
+    flow.note("""
+# The parts of a sampler
+
+What **GMFlow KSampler** does in one node, in parts for the core's *SamplerCustomAdvanced*: noise, guider, sampler and sigmas.
+
+Four steps, the same noise, two solvers.
+
+**Sampler GM-ODE** is deterministic: between two looks of the network it follows the mixture in many cheap substeps.
+
+**Sampler GM-SDE** draws an image from the mixture at every step and noises it again. *spectral* draws neighbouring pixels together.
+
+### Try
+- **order** 1: the plain solvers.
+- **temperature** 0.5: less variety.
+- **spectral** off, with 2 steps.
+- A core *CFGGuider* or *BasicGuider* for GMFlow Guider, or *KSamplerSelect* for a GM sampler: all fit.
+- To inspect the mixture, use **GMFlow Sampler Custom**, which has a trace.
+""", size=(340, 500))
+    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    group = flow.group("Noise, guidance, schedule", right_of=group, color=GREEN)
+    noise = flow.add("RandomNoise", noise_seed=3).out
+    guider = flow.add("GMFlowGuider", model=model, positive=positive, negative=negative, guidance=0.3).out
+    sigmas = flow.add("GMFlowScheduler", model=model, steps=4).out
+    vae = pixels(flow)
+    solvers = [("GM-ODE: deterministic", "ode", "SamplerGMFlowODE"), ("GM-SDE: stochastic", "sde", "SamplerGMFlowSDE")]
+    row = None
+    for title, name, solver in solvers:
+        beside = dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)
+        row = flow.group(title, across=True, color=PURPLE, **beside)
+        sampler = flow.add(solver, show_advanced=True).out
+        sampled = flow.add("SamplerCustomAdvanced", size=(280, 130), under=True, noise=noise, guider=guider, sampler=sampler,
+                           sigmas=sigmas, latent_image=latent)
+        images = enlarge(flow, sampled["output"], vae)
+        flow.add("SaveImage", title, size=(680, 380), images=images, filename_prefix=f"gmflow/custom/{name}")
+
+
+def core_sampler_compat(flow: Flow) -> None:
+    flow.note("""
+# With the core's KSampler
+
+A GMFlow model is an ordinary MODEL: the core sees a flow model that predicts the mixture's mean. Every sampler and scheduler runs.
+
+Here *euler* and *dpmpp_2m* with **cfg** 1.5 are beside **GMFlow KSampler** with guidance 0.3. The same seed gives the same noise in all three.
+
+### See
+The core's samplers take a straight step along the mean; GM-ODE follows the whole mixture between the steps.
+
+### Try
+- **steps** 2 or 4 everywhere: the difference grows.
+- Another **sampler_name** or **scheduler**.
+- **cfg** 1 is no guidance.
+""", size=(340, 380))
+    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    vae = pixels(flow)
+    column = dict(model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=8)
+    row = None
+    for name in ("euler", "dpmpp_2m", "gm-ode"):
+        ours = name == "gm-ode"
+        beside = dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)
+        row = flow.group("GMFlow KSampler" if ours else f"Core KSampler: {name}", across=True, color=GREEN if ours else PURPLE, **beside)
+        if ours:
+            sampled = flow.add("GMFlowKSampler", size=(300, 350), guidance=0.3, **column)
+        else:
+            sampled = flow.add("KSampler", size=(300, 290), cfg=1.5, sampler_name=name, scheduler="simple", denoise=1.0, **column)
+        images = enlarge(flow, sampled.out, vae)
+        flow.add("SaveImage", "GM-ODE" if ours else name, size=(620, 350 if ours else 290), images=images, filename_prefix=f"gmflow/core/{name}")
+
+
+def inpaint_and_img2img(flow: Flow) -> None:
+    flow.note("""
+# Change an image
+
+**1**: four threes, from noise.
+
+**2, inpaint**: *Set Latent Noise Mask* frees the white part of the mask; the class becomes 8. What the mask keeps stays exactly as it is, and the free half has to match it.
+
+**3, image to image**: the threes are noised to **denoise** 0.6 and painted again as fives.
+
+### Try
+- Another mask: **width**, **height**, **x** and **y** of the white part, in the model's pixels (16 x 16).
+- **denoise** 0.3 keeps almost all, 0.9 almost nothing.
+- Your own picture: *Load Image*, scaled to 16 x 16, and *VAE Encode* with the pixel VAE.
+""", size=(340, 420))
+    first = flow.group("Model", pos=(380, 0))
+    model = flow.add("GMFlowLoader", model_name=DIGITS).out
+    latent = flow.add("GMFlowEmptyLatent", model=model, batch_size=4).out
+    vae = pixels(flow)
+
+    mask = flow.group("The mask: white is free", below=first, color=BROWN)
+    keep = flow.add("SolidMask", "Keep (black)", value=0.0, width=16, height=16).out
+    free = flow.add("SolidMask", "Free (white)", value=1.0, width=8, height=16).out
+    mask = flow.add("MaskComposite", "Where it is free", destination=keep, source=free, x=0, y=0, operation="add").out
+
+    source = flow.group("1  Paint threes", right_of=first, gap=80, color=GREEN)
+    classes = flow.add("GMFlowClassConditioning", size=(300, 110), model=model, labels="3")
+    threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent, seed=5, guidance=0.3)["latent"]
+    images = enlarge(flow, threes, vae)
+    flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
+
+    def change(title: str, name: str, label: str, group: dict, mask: Output | None = None, **settings) -> Group:
+        row = flow.group(title, across=True, color=PURPLE, **group)
+        classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
+        start = threes if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=threes, mask=mask).out
+        latents = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=start,
+                           seed=5, guidance=0.3, **settings)["latent"]
+        images = enlarge(flow, latents, vae)
+        flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
+        return row
+
+    row = change("2  Inpaint: the free half becomes that of an 8", "2_inpainted", "8", dict(right_of=source, gap=80, pos=(None, 0)), mask)
+    change("3  Image to image: from a 3 to a 5", "3_image_to_image", "5", dict(below=row), denoise=0.6)
+
+
+def inspect_components(flow: Flow) -> None:
+    flow.note("""
+# What is the model undecided between?
+
+At every pixel the network predicts a mixture of eight Gaussians, not one colour. **GMFlow Inspector** shows it, at any step of a sampler's **trace**.
+
+**Components**: at step 0, in pure noise, they are different inks. Two steps on most agree on one; at the end they differ in details.
+
+**Entropy**: bright where the model is undecided.
+
+**Weights**: where in the image each component is believed.
+
+### Try
+- **seed**, **labels**, **step** (-1 is the last), other **view**s.
+- **guidance** 0 in the sampler: more stays open.
+- **image**: which one of the batch; a trace keeps the first four.
+- **order** raw: how the network numbers them.
+
+Changing only an inspector samples no new image.
+""", size=(340, 500))
+    group, model, positive, negative, latent = start(flow, "3", 1)
+    group = flow.group("Sample", right_of=group, color=BROWN)
+    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+                       latent_image=latent, seed=2, steps=8, guidance=0.3)
+    images = enlarge(flow, sampled["latent"], pixels(flow))
+    flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
+    panel = dict(size=(620, 570), trace=sampled["trace"])
+    group = flow.group("Components: the choices, and what becomes of them", right_of=group, color=PURPLE)
+    for step in (0, 2, 5):
+        flow.add("GMFlowInspector", f"Components at step {step}", step=step, view="components", **panel)
+    flow.group("Where the choices are", right_of=group, color=GREEN)
+    flow.add("GMFlowInspector", "Entropy at step 2", step=2, view="entropy", **panel)
+    last = flow.add("GMFlowInspector", "Weights at step 2", step=2, view="weights", **panel)
+    flow.add("PreviewAny", "Numbers of every step (JSON)", size=(620, 570), source=last["statistics"])
+
+
+def imagenet_gmdit(flow: Flow) -> None:
+    repo, vae_repo = "https://huggingface.co/Lakonik/gmflow_imagenet_k8_ema", "https://huggingface.co/stabilityai/sd-vae-ft-mse-original"
+    weights, vae_file = "diffusion_pytorch_model.bf16.safetensors", "vae-ft-mse-840000-ema-pruned.safetensors"
+    name = "gmflow_imagenet_k8_ema.safetensors"
+    flow.note(f"""
+# ImageNet, 256 x 256
+
+The published GM-DiT (676 million parameters, 8 components, 1000 classes). It is not part of this pack; two files are needed:
+
+| file | folder |
+| --- | --- |
+| [{name}]({repo}/resolve/main/transformer/{weights}) | models/diffusion_models |
+| [{vae_file}]({vae_repo}/resolve/main/{vae_file}) | models/vae |
+
+The first is called `{weights}` there: **rename** it to `{name}`.
+
+### Try
+- **class_name**: click and type. For several classes at once use *GMFlow Class Conditioning*: `207, tabby cat`.
+- **steps** 32 for the best quality, 4 for speed.
+- **guidance** 0.45 is the published default.
+- **solver** GM-SDE: its spectral sampling needs the repository's `spectrum_net` too. Download the [whole repository]({repo}) and make one file of it: `python -m gmflow_core convert FOLDER {name}`.
+""", size=(440, 460))
+    group = flow.group("Model and class", pos=(480, 0))
+    model = flow.add("GMFlowLoader", size=(400, 90), model_name=name, models=[
+        {"name": name, "url": f"{repo}/resolve/main/transformer/{weights}", "directory": "diffusion_models"},
+    ]).out
+    classes = flow.add("GMFlowImageNetClass", size=(400, 90), class_name="207 golden retriever")
+    latent = flow.add("GMFlowEmptyLatent", size=(400, 70), model=model, batch_size=2).out
+    vae = flow.add("VAELoader", "VAE of Stable Diffusion 1", size=(400, 70), vae_name=vae_file, models=[
+        {"name": vae_file, "url": f"{vae_repo}/resolve/main/{vae_file}", "directory": "vae"},
+    ]).out
+    group = flow.group("Sample", right_of=group, color=GREEN)
+    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], negative=classes["negative"],
+                       latent_image=latent, seed=42, steps=8, guidance=0.45)
+    flow.group("Decode and save", right_of=group, across=True, color=PURPLE)
+    images = flow.add("VAEDecode", samples=sampled["latent"], vae=vae, size=(220, 60)).out
+    flow.add("SaveImage", size=(560, 400), images=images, filename_prefix="gmflow/imagenet")
+
+
+WORKFLOWS = [
+    quickstart, guidance_sweep, advanced_custom_sampling, core_sampler_compat, inpaint_and_img2img, inspect_components, imagenet_gmdit,
+]
+
+
+def make(info: dict) -> list[Flow]:
+    """All workflows, by the node definitions ``info``."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packs = {"": {"cnr_id": project["name"], "ver": project["version"]}, "core": {"cnr_id": "comfy-core", "ver": "0.3.64"}}
+    flows = []
+    for describe in WORKFLOWS:
+        flows.append(Flow(describe.__name__, info, packs))
+        describe(flows[-1])
+    return flows
+
+
+def dump(value) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def written(flows: list[Flow]) -> dict[Path, str]:
+    """Every file that belongs to the workflows, with its text."""
+    return {HERE / f"{flow.name}.json": dump(flow.ui()) for flow in flows} | {
+        HERE / "api" / f"{flow.name}.json": dump(flow.api()) for flow in flows
+    }
+
+
+def fetch(url: str) -> dict:
+    with urllib.request.urlopen(f"{url.rstrip('/')}/object_info", timeout=60) as answer:
+        return json.load(answer)
+
+
+def reduced(info: dict, flows: list[Flow]) -> dict:
+    """The definitions of the nodes in use, without prose; long lists of names hold the names in use."""
+    used, kept = [node for flow in flows for node in flow.nodes], {}
+    for name in sorted({node.class_type for node in used}):
+        definition = {key: info[name][key] for key in (
+            "input", "input_order", "output", "output_is_list", "output_name", "name", "display_name", "output_node")}
+        definition["input"] = {
+            section: {key: spec if isinstance(spec, str) else [spec[0], *({k: v for k, v in f.items() if k != "tooltip"} for f in spec[1:])]
+                      for key, spec in inputs.items()}
+            for section, inputs in definition["input"].items()
+        }
+        for key, (spec, _) in inputs_of(definition).items():
+            if (name, key) in LISTED:
+                names = sorted({node.widgets[key] for node in used if node.class_type == name})
+                if isinstance(spec[0], list):
+                    spec[0] = names
+                else:
+                    spec[1]["options"] = names
+        kept[name] = definition
+    return kept
+
+
+def differences(info: dict, other: dict) -> list[str]:
+    """What ``other`` defines differently from the snapshot ``info``, as far as it changes a workflow's file."""
+    found = []
+    for name, ours in info.items():
+        theirs = other.get(name)
+        if theirs is None:
+            found.append(f"{name}: not there")
+            continue
+        for key in ("output", "output_name"):
+            if ours[key] != theirs[key][:len(ours[key])]:  # outputs added at the end disturb no link
+                found.append(f"{name}: {key} {ours[key]} / {theirs[key]}")
+        a, b = inputs_of(ours), inputs_of(theirs)
+        if list(a) != list(b):
+            found.append(f"{name}: inputs {list(a)} / {list(b)}")
+        for key in a.keys() & b.keys():
+            (mine, _), (other_spec, _) = a[key], b[key]
+            if (options(mine) is None) != (options(other_spec) is None) or (options(mine) is None and mine[0] != other_spec[0]):
+                found.append(f"{name}.{key}: {mine[0]} / {other_spec[0]}")
+            elif options(mine) and (name, key) not in LISTED and (missing := set(options(mine)) - set(options(other_spec))):
+                found.append(f"{name}.{key}: lacks {sorted(missing)}")
+            for hint in ("min", "max", "default", "control_after_generate"):
+                if (name, key) not in LISTED and fields(mine).get(hint) != fields(other_spec).get(hint):
+                    found.append(f"{name}.{key}: {hint} {fields(mine).get(hint)} / {fields(other_spec).get(hint)}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m workflows.build", description="Make the example workflows.")
+    parser.add_argument("--snapshot", metavar="URL", help="renew tests/data/object_info.json from this ComfyUI")
+    parser.add_argument("--compare", metavar="URL", help="only say what this ComfyUI defines differently")
+    arguments = parser.parse_args()
+    if arguments.compare:
+        found = differences(json.loads(SNAPSHOT.read_text(encoding="utf-8")), fetch(arguments.compare))
+        print("\n".join(found) or "no difference")
+        return bool(found)
+    if arguments.snapshot:
+        info = fetch(arguments.snapshot)
+        # One definition a line: a change is seen at a glance.
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in reduced(info, make(info)).items())
+        SNAPSHOT.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    for path, text in written(make(json.loads(SNAPSHOT.read_text(encoding="utf-8")))).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(HERE.parent))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Queue an API workflow on a running ComfyUI and save its images.
+
+    python -m workflows.run workflows/api/quickstart.json
+    python -m workflows.run workflows/api/quickstart.json --set 5.seed=7 --set "GMFlow KSampler.guidance=0.6" --out pictures
+
+Exit codes: 0 done, 1 an error while it ran, 2 wrong use (file, --set), 3 no server, 4 refused by the server, 5 timeout.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+FAILED, USAGE, NO_SERVER, REFUSED, TIMEOUT = 1, 2, 3, 4, 5
+POLL = 0.25  # seconds
+
+
+class RunError(Exception):
+    """What went wrong, in one line, and the exit code that says so."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def one_line(text) -> str:
+    return " ".join(str(text).split())
+
+
+# ---- the file ----------------------------------------------------------------------------------
+
+def load(path: Path) -> dict:
+    """An API workflow: node id to {class_type, inputs}."""
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(USAGE, f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise RunError(USAGE, f"{path}: not JSON: {one_line(error)}") from None
+    if isinstance(workflow, dict) and isinstance(workflow.get("nodes"), list):
+        twin = path.parent / "api" / path.name
+        hint = twin if twin.is_file() else "the one in workflows/api/, or export it from the page in API format"
+        raise RunError(USAGE, f"{path}: this is a UI workflow, which only the page can open; use {hint}")
+    nodes = workflow.values() if isinstance(workflow, dict) else []
+    if not nodes or not all(isinstance(n, dict) and "class_type" in n and isinstance(n.get("inputs"), dict) for n in nodes):
+        raise RunError(USAGE, f"{path}: not an API workflow (node ids with class_type and inputs)")
+    return workflow
+
+
+def title(workflow: dict, node_id) -> str:
+    node = workflow.get(str(node_id), {})
+    return f"node {node_id} ({node.get('_meta', {}).get('title') or node.get('class_type', 'unknown')})"
+
+
+def override(workflow: dict, setting: str) -> None:
+    """Apply one ``node.input=value``; the node by id or title, the value as JSON or else as text."""
+    target, equals, text = setting.partition("=")
+    name, dot, key = target.rpartition(".")
+    if not equals or not dot:
+        raise RunError(USAGE, f"--set {setting}: write node.input=value")
+    found = [i for i, node in workflow.items() if i == name or node.get("_meta", {}).get("title") == name]
+    if len(found) != 1:
+        nodes = ", ".join(title(workflow, i) for i in found or workflow)
+        raise RunError(USAGE, f"--set {setting}: {'several nodes are' if found else 'no node is'} called {name!r}: {nodes}")
+    inputs = workflow[found[0]]["inputs"]
+    if key not in inputs:
+        raise RunError(USAGE, f"--set {setting}: {title(workflow, found[0])} has no input {key!r}; it has {', '.join(inputs)}")
+    try:
+        inputs[key] = json.loads(text)
+    except ValueError:
+        inputs[key] = text
+
+
+# ---- the server --------------------------------------------------------------------------------
+
+class Server:
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    def request(self, path: str, body=None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.read()
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, ValueError) as error:
+            raise RunError(NO_SERVER, f"no ComfyUI at {self.url}: {one_line(getattr(error, 'reason', error))}") from None
+
+    def json(self, path: str, body=None):
+        try:
+            return json.loads(self.request(path, body))
+        except urllib.error.HTTPError as error:
+            raise RunError(NO_SERVER, f"{self.url}{path}: the server answered {error.code} {error.reason}") from None
+        except ValueError:
+            raise RunError(NO_SERVER, f"{self.url}{path}: the answer is not JSON; is this a ComfyUI?") from None
+
+    def queue(self, workflow: dict) -> str:
+        """Queue it; the prompt's id."""
+        try:
+            answer = json.loads(self.request("/prompt", {"prompt": workflow}))
+            return answer["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise RunError(REFUSED, f"refused: {self.refusal(workflow, error)}") from None
+        except (ValueError, KeyError, TypeError):
+            raise RunError(NO_SERVER, f"{self.url}: the answer is not that of a ComfyUI") from None
+
+    @staticmethod
+    def refusal(workflow: dict, error: urllib.error.HTTPError) -> str:
+        """Which input of which node the server does not accept."""
+        try:
+            answer = json.loads(error.read())
+            reasons = [
+                f"{title(workflow, node)}: {fault.get('extra_info', {}).get('input_name', 'node')}: "
+                + one_line(f"{fault.get('message')} ({fault.get('details')})")
+                for node, faults in (answer.get("node_errors") or {}).items() for fault in faults.get("errors", [])
+            ]
+            general = answer.get("error", {})
+            general = general if isinstance(general, str) else f"{general.get('message', '')} {general.get('details', '')}"
+            return "; ".join(reasons) or one_line(general) or f"{error.code} {error.reason}"
+        except (ValueError, AttributeError):
+            return f"{error.code} {error.reason}"
+
+    def wait(self, workflow: dict, prompt_id: str, timeout: float, say) -> dict:
+        """The history entry once it is done."""
+        begin, last = time.monotonic(), None
+        while True:
+            entry = self.json(f"/history/{prompt_id}").get(prompt_id)
+            if entry is not None:
+                return entry
+            if time.monotonic() - begin > timeout:
+                raise RunError(TIMEOUT, f"not done after {timeout:g} s; it goes on in the server (prompt {prompt_id})")
+            queue = self.json("/queue")
+            running = any(item[1] == prompt_id for item in queue.get("queue_running", []))
+            before = sorted(item[0] for item in queue.get("queue_pending", []))
+            mine = [item[0] for item in queue.get("queue_pending", []) if item[1] == prompt_id]
+            state = "running" if running else f"waiting, {before.index(mine[0]) + 1} in the queue" if mine else last
+            if state != last:
+                say(state)
+                last = state
+            time.sleep(POLL)
+
+
+def failure(workflow: dict, entry: dict) -> str | None:
+    """Node and message of an execution that failed or was stopped."""
+    status = entry.get("status", {})
+    for kind, detail in status.get("messages", []):
+        if kind == "execution_error":
+            kind = str(detail.get("exception_type")).rpartition(".")[2]
+            return f"{title(workflow, detail.get('node_id'))}: {kind}: {one_line(detail.get('exception_message'))}"
+        if kind == "execution_interrupted":
+            return f"{title(workflow, detail.get('node_id'))}: interrupted"
+    return "failed" if status.get("status_str") == "error" else None
+
+
+def save_images(server: Server, workflow: dict, entry: dict, folder: Path) -> list[Path]:
+    """Every image of the outputs; those of previews only where a workflow saves none."""
+    images = [image for output in entry.get("outputs", {}).values() for image in output.get("images", [])]
+    images = [i for i in images if i.get("type") == "output"] or images
+    paths = []
+    for image in images:
+        data = server.request("/view?" + urllib.parse.urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")}))
+        inside = [part for part in image.get("subfolder", "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        path = folder.joinpath(*inside, Path(image["filename"]).name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        paths.append(path)
+    return paths
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+def run(arguments) -> int:
+    workflow = load(arguments.file)
+    for setting in arguments.set:
+        override(workflow, setting)
+    server = Server(arguments.server)
+    begin = time.monotonic()
+    prompt_id = server.queue(workflow)
+    print(f"queued as {prompt_id}", flush=True)
+    entry = server.wait(workflow, prompt_id, arguments.timeout, lambda state: print(state, flush=True))
+    if problem := failure(workflow, entry):
+        raise RunError(FAILED, problem)
+    paths = save_images(server, workflow, entry, arguments.out)
+    for path in paths:
+        print(path)
+    print(f"done in {time.monotonic() - begin:.1f} s, {len(paths)} images")
+    return 0
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.run", description="Queue an API workflow on a running ComfyUI and save its images."
+    )
+    parser.add_argument("file", type=Path, help="a file of workflows/api/")
+    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input; node by id or title")
+    parser.add_argument("--out", type=Path, default=Path("output"), metavar="DIR", help="where images go (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait (default: %(default)g)")
+    arguments = parser.parse_args(argv)
+    try:
+        return run(arguments)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("error: stopped; the server goes on", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
