@@ -17,6 +17,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
@@ -89,7 +90,7 @@ class GMFlowModel(comfy.model_base.BaseModel):
         self.gmflow = info
 
     def process_timestep(self, timestep, **kwargs):
-        return timestep / self.model_sampling.multiplier  # the network's clock is sigma
+        return timestep / getattr(self.model_sampling, "multiplier", 1.0)  # the network's clock is sigma
 
     def extra_conds(self, **kwargs):
         role, noise = kwargs.get("prompt_type", "conditioning"), kwargs["noise"]
@@ -302,7 +303,15 @@ def percent_to_sigma(model, percent: float) -> float:
 
 def model_shift(model) -> float:
     """The time shift that the model samples with: its own, or that of a ModelSampling patch."""
-    return float(getattr(model.get_model_object("model_sampling"), "shift", 1.0))
+    return shift_of(model.get_model_object("model_sampling"))
+
+
+def shift_of(sampling) -> float:
+    """The m of a flow's model sampling; ValueError for a patch that makes the model something else."""
+    if not isinstance(sampling, comfy.model_sampling.CONST):
+        raise ValueError("model: a ModelSampling node makes it another kind of model, and GMFlow models are flows; remove that node")
+    half = float(sampling.percent_to_sigma(0.5))  # m / (m + 1), whatever the patch calls its parameter
+    return half / (1 - half)
 
 
 # ---- sampling ----------------------------------------------------------------------------------
@@ -349,7 +358,7 @@ def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *,
     )
     with bar:
         if options.solver == "GM-ODE":
-            shift = options.shift * float(getattr(network.model_sampling, "shift", 1.0))
+            shift = options.shift * shift_of(network.model_sampling)
             return sample_gm_ode(denoiser, x, grid, substeps=options.substeps or default_substeps(steps), shift=shift, **common)
         # Another stream than the initial noise, which comes from the seed itself.
         noise = ImageNoise(seed + 1, range(len(x)) if batch_index is None else batch_index, tuple(x.shape[1:]), x.device)
