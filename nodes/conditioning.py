@@ -64,5 +64,8 @@ class GMFlowImageNetClass(io.ComfyNode):
 
     @classmethod
     def execute(cls, class_name) -> io.NodeOutput:
-        index = int(class_name.split(" ", 1)[0])
+        index, _, name = class_name.partition(" ")
+        if not index.isdecimal() or name not in IMAGENET[int(index) : int(index) + 1]:  # 0.3.64 passes any text
+            raise ValueError(f"class_name: {class_name!r} is none of the list, which runs from '0 {IMAGENET[0]}' to '999 {IMAGENET[-1]}'")
+        index = int(index)
         return io.NodeOutput(make_conditioning([index]), make_conditioning([len(IMAGENET)]))

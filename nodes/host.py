@@ -39,7 +39,7 @@ from ..gmflow_core.model import unpack_mixture
 from ..gmflow_core.noise import ImageNoise
 from ..gmflow_core.schedule import default_substeps
 from .describe import LABELS, ModelInfo, check_latent, make_conditioning, read_labels
-from .mixing import Capture, GMOptions, Guidance, clean_sigmas, guided_by_mean, make_inpaint, moved, pool
+from .mixing import SOLVERS, Capture, GMOptions, Guidance, clean_sigmas, guided_by_mean, make_inpaint, moved, pool
 
 CAPTURE = "gmflow_capture"   # in transformer_options
 FOLDER = "diffusion_models"
@@ -194,6 +194,8 @@ def model_path(name: str) -> str:
 
 def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):
     """Read any GMFlow checkpoint into a ModelPatcher. CheckpointError for every other file, before anything is built."""
+    if weight_dtype not in WEIGHT_DTYPES:  # 0.3.64 passes any text
+        raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")
     raw = read_state(path)
     if not isinstance(raw.config, GMDiTConfig):
         raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; see python -m gmflow_core sample")
@@ -333,7 +335,7 @@ def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *,
         )
     model_options, seed = extra_args.get("model_options", {}), extra_args.get("seed") or 0
     grid = clean_sigmas(sigmas)
-    steps = len(grid) - 1
+    steps = check_sigmas(grid)
     bar = tqdm(total=steps, disable=disable)
 
     def denoiser(x, sigma: float) -> Guided:
@@ -357,7 +359,7 @@ def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *,
         inpaint=make_inpaint(model, extra_args, sigmas), callback=report,
     )
     with bar:
-        if options.solver == "GM-ODE":
+        if options.solver == SOLVERS[0]:
             shift = options.shift * shift_of(network.model_sampling)
             return sample_gm_ode(denoiser, x, grid, substeps=options.substeps or default_substeps(steps), shift=shift, **common)
         # Another stream than the initial noise, which comes from the seed itself.
@@ -378,10 +380,16 @@ class SeedNoise:
         return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
 
 
-def run(noise, guider, sampler, sigmas, latent: dict, recorder=None) -> tuple[dict, dict]:
-    """Sample as the core's advanced custom sampler does: (latent, denoised latent)."""
+def check_sigmas(sigmas) -> int:
+    """The number of steps; ValueError if there is none."""
     if len(sigmas) < 2:
         raise ValueError(f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split at an end?")
+    return len(sigmas) - 1
+
+
+def run(noise, guider, sampler, sigmas, latent: dict, recorder=None) -> tuple[dict, dict]:
+    """Sample as the core's advanced custom sampler does: (latent, denoised latent)."""
+    check_sigmas(sigmas)
     patcher = guider.model_patcher
     ratios = {name: latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
     samples = known(comfy.sample.fix_empty_latent_channels, patcher, latent["samples"], **ratios)

@@ -16,6 +16,7 @@ from ..gmflow_core import GaussianMixture, Guided, Inpaint, SecondOrder, guide_c
 from ..gmflow_core.guidance import check_guidance
 
 METHODS = ("probabilistic", "vanilla CFG")
+SOLVERS = ("GM-ODE", "GM-SDE")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class GMOptions:
     second_order: SecondOrder = SecondOrder()
     temperature: float = 1.0
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:  # 0.3.64 passes any text
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
 
 
 def clean_sigmas(sigmas) -> torch.Tensor:

@@ -6,11 +6,9 @@ from comfy_api.latest import io
 
 from ..gmflow_core import SecondOrder, flow_sigmas
 from . import host
-from .mixing import METHODS, GMOptions, Guidance
+from .mixing import METHODS, SOLVERS, GMOptions, Guidance
 from .schema import GMTrace, advanced, schema, seed
 from .tracing import TraceSource
-
-SOLVERS = ("GM-ODE", "GM-SDE")
 
 MODEL = "A model from GMFlow Loader."
 STEPS = "Network evaluations (twice as many with guidance). 4 to 8 are good, 1 works, 32 is plenty."

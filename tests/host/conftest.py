@@ -1,0 +1,95 @@
+"""Tests of the nodes in a real ComfyUI: one server for each checkout, shared by the whole run.
+
+COMFYUI_PATH names the checkouts (several as in PATH); without it comfy-cli's ``~/comfy/ComfyUI`` is used.
+A checkout's own ``.venv`` or ``venv`` runs it, else the Python of the tests.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosting import MISSING, Graph, Host, Node, checkouts, version
+
+CHECKOUTS = checkouts()
+
+
+@pytest.fixture(scope="session", params=CHECKOUTS or [None], ids=lambda path: version(path) if path else "no ComfyUI")
+def host(request, tmp_path_factory):
+    """A running server with the pack in it."""
+    if request.param is None:
+        pytest.skip(MISSING)
+    host = Host(request.param, tmp_path_factory.mktemp("comfyui"))
+    host.start()
+    yield host
+    host.stop()
+
+
+class Digits:
+    """The bundled model in a graph, its classes and an empty latent."""
+
+    def __init__(self, host: Host, labels: str = "0-9", batch: int = 10, **loader):
+        self.graph: Graph = host.graph()
+        self.host, self.batch = host, batch
+        self.model: Node = self.graph.add("GMFlowLoader", **loader)
+        self.classes: Node = self.graph.add("GMFlowClassConditioning", model=self.model, labels=labels)
+        self.positive, self.negative = self.classes.out(0), self.classes.out(1)
+        self.empty: Node = self.graph.add("GMFlowEmptyLatent", model=self.model, batch_size=batch)
+
+    def add(self, class_type: str, **inputs) -> Node:
+        return self.graph.add(class_type, **inputs)
+
+    def gm(self, **inputs) -> Node:
+        """GMFlowKSampler."""
+        return self.add("GMFlowKSampler", **dict(model=self.model, positive=self.positive, latent_image=self.empty) | inputs)
+
+    def core(self, **inputs) -> Node:
+        """The core's KSampler."""
+        return self.add("KSampler", **dict(
+            model=self.model, positive=self.positive, negative=self.negative, latent_image=self.empty, cfg=1.5, steps=8,
+            sampler_name="euler", scheduler="simple", seed=0,
+        ) | inputs)
+
+    def custom(self, sampler, guider=None, sigmas=None, node: str = "GMFlowSamplerCustom", seed: int = 0, steps: int = 8, **inputs) -> Node:
+        """A custom sampling graph; GMFlow's guider and scheduler where none is given."""
+        guider = guider or self.add("GMFlowGuider", model=self.model, positive=self.positive)
+        sigmas = sigmas or self.add("GMFlowScheduler", model=self.model, steps=steps)
+        noise = inputs.pop("noise", None) or self.add("RandomNoise", noise_seed=seed)
+        return self.add(node, **dict(noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=self.empty) | inputs)
+
+    def latents(self, *links):
+        return self.host.latents(self.graph, *links)
+
+
+@pytest.fixture
+def digits(host):
+    """``digits(labels="0-9", batch=10)``: the start of a graph."""
+    return lambda *args, **kwargs: Digits(host, *args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def recognised():
+    """How many images (N,3,16,16) in [-1, 1] show the digit asked for, to a classifier of real digits."""
+    from train.data import Digits as Real
+    from train.evaluate_digits import grey8, train_svm
+
+    svm = train_svm(Real.load())
+
+    def judge(images: torch.Tensor, labels=range(10)) -> int:
+        assert images.isfinite().all()
+        return sum(int(a) == int(b) for a, b in zip(svm.predict(grey8(images).numpy()), labels, strict=True))
+
+    return judge
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed test shows the end of its server's log."""
+    outcome = yield
+    report, host = outcome.get_result(), getattr(item, "funcargs", {}).get("host")
+    if report.failed and host is not None:
+        report.sections.append((f"ComfyUI {host.version}", host.log()[-3000:]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not CHECKOUTS and any(MISSING in str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(MISSING, yellow=True)

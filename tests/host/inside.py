@@ -1,0 +1,129 @@
+"""Runs inside ComfyUI's Python, with the checkout first on the path: ``inside.py PACK TASK [ComfyUI options]``.
+
+Prints one JSON object. The pack is loaded as ComfyUI loads it, as a package of another name; its folder is
+never on the path.
+"""
+
+import asyncio
+import importlib.util
+import json
+import sys
+import time
+
+ROOT, TASK = sys.argv[1:3]
+sys.argv = ["main.py", "--cpu", *sys.argv[3:]]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.samplers  # noqa: E402
+import comfy_api.latest  # noqa: E402,F401
+import nodes as core  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+BUNDLED = f"{ROOT}/models/gmdit_digits.safetensors"
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def load_pack() -> dict:
+    """The pack's node classes by id, and what loading them took."""
+    before = set(sys.modules)
+    start = time.process_time()
+    with CountOps() as ops:
+        spec = importlib.util.spec_from_file_location("a-pack", f"{ROOT}/__init__.py", submodule_search_locations=[ROOT])
+        module = sys.modules["a-pack"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        extension = asyncio.run(module.comfy_entrypoint())
+        classes = asyncio.run(extension.get_node_list())
+        schemas = [cls.GET_SCHEMA() for cls in classes]
+    seconds = time.process_time() - start
+    loaded = sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) - {"a-pack"})
+    return {
+        "nodes": dict(zip((s.node_id for s in schemas), classes)), "seconds": seconds, "operations": ops.names, "modules": loaded,
+        "on_path": ROOT in sys.path, "core_nodes": sys.modules["nodes"] is core,
+    }
+
+
+def tiny_sd3():
+    """A MODEL of another kind: Stable Diffusion 3's network, of one small block."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD3({
+        "in_channels": 16, "depth": 1, "patch_size": 2, "adm_in_channels": 8, "pos_embed_max_size": 8, "num_patches": 64,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 64}},
+    })
+    config.set_inference_dtype(torch.float32, None)
+    return comfy.model_patcher.ModelPatcher(config.get_model({}), torch.device("cpu"), torch.device("cpu"))
+
+
+def message(function, *args, **kwargs) -> str:
+    try:
+        function(*args, **kwargs)
+    except Exception as error:  # the test wants to know which
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def foreign_model(nodes: dict) -> dict:
+    """What GM nodes say to a MODEL that is none of theirs."""
+    model = tiny_sd3()
+    conditioning = [[torch.zeros(1, 1, 8), {"pooled_output": torch.zeros(1, 8)}]]
+    latent, sigmas = torch.zeros(1, 16, 8, 8), torch.tensor([1.0, 0.5, 0.0])
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    said = {}
+    for name, arguments in {
+        "GMFlowEmptyLatent": dict(batch_size=1), "GMFlowClassConditioning": dict(labels="1"),
+        "GMFlowScheduler": dict(steps=1, shift=1.0, denoise=1.0),
+        "GMFlowGuider": dict(positive=conditioning, guidance=0.1, orthogonal=1.0, start_percent=0.0, end_percent=1.0, method="probabilistic", cfg_scale=4.0),
+        "GMFlowKSampler": dict(positive=conditioning, latent_image={"samples": latent}, seed=0, steps=1, solver="GM-ODE", guidance=0.1,
+                               substeps=0, denoise=1.0, order=2, orthogonal=1.0, shift=1.0),
+    }.items():
+        said[name] = message(nodes[name].execute, model=model, **arguments)
+    for name in ("ODE", "SDE"):
+        sampler = nodes[f"SamplerGMFlow{name}"].execute(**{i.id: i.default for i in nodes[f"SamplerGMFlow{name}"].GET_SCHEMA().inputs})[0]
+        said[f"SamplerGMFlow{name}"] = message(
+            guider.sample, torch.randn_like(latent), latent, sampler, sigmas, disable_pbar=True, seed=0
+        )
+    euler = comfy.samplers.sampler_object("euler")
+    said["a core sampler"] = message(guider.sample, torch.randn_like(latent), latent, euler, sigmas, disable_pbar=True, seed=0)
+    said["GMFlowInspector"] = message(
+        nodes["GMFlowInspector"].execute, trace=[1], **{i.id: getattr(i, "default", None) for i in nodes["GMFlowInspector"].GET_SCHEMA().inputs if i.id not in ("trace", "vae")}
+    )
+    return said
+
+
+def sample(nodes: dict) -> dict:
+    """Paint with this process's options: dtypes, values, and the time that 8 guided steps of one image take."""
+    model = nodes["GMFlowLoader"].execute("gmdit_digits.safetensors")[0]
+    positive = nodes["GMFlowClassConditioning"].execute(model, "0-9")[0]
+    latent = nodes["GMFlowEmptyLatent"].execute(model, 10)[0]
+    schema = nodes["GMFlowKSampler"].GET_SCHEMA()
+    arguments = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None} | {"guidance": 0.3}
+    nodes["GMFlowKSampler"].hidden = type("Hidden", (), {"prompt": {}, "unique_id": "1"})()
+    out = nodes["GMFlowKSampler"].execute(model=model, positive=positive, latent_image=latent, **arguments)[0]["samples"]
+    network = model.model.diffusion_model
+    return {
+        "weights": str(network.transformer_blocks[0].attn1.to_q.weight.dtype), "latent": str(out.dtype),
+        "inference": str(model.model.get_dtype()), "pixels": out.flatten().tolist(),
+    }
+
+
+pack = load_pack()
+answer = {name: pack[name] for name in ("seconds", "operations", "modules", "on_path", "core_nodes")}
+if TASK == "foreign":
+    answer["said"] = foreign_model(pack["nodes"])
+if TASK == "sample":
+    answer["sample"] = sample(pack["nodes"])
+print("\n" + json.dumps(answer))
