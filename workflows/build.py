@@ -53,7 +53,7 @@ The bundled model paints 16 x 16 pixel digits in one of six inks. It needs no do
 Press **Run**: ten digits, one for each class.
 
 ### Try
-- **labels**: `7`, or `0-4, 9`. Give one label for all images, or one for each image of **batch_size**.
+- **labels**: *7*, or *0-4, 9*. Give one label for all images, or one for each image of **batch_size**.
 - **steps**: 4 is still clean; with 1 every pixel chooses an ink by itself.
 - **guidance**: 0 is the model alone, 0.3 is good for the digits, 0.75 is strong. It is no CFG scale.
 - **solver**: GM-SDE adds noise at every step, GM-ODE none.
@@ -67,8 +67,8 @@ Press **Run**: ten digits, one for each class.
     group = flow.group("To an image", right_of=group, color=PURPLE)
     images = enlarge(flow, sampler["latent"], pixels(flow))
     flow.group("Look and keep", right_of=group, color=BROWN)
-    flow.add("PreviewImage", size=(440, 216), images=images)
-    flow.add("SaveImage", size=(440, 270), images=images, filename_prefix="gmflow/quickstart")
+    flow.add("PreviewImage", size=(440, 250), images=images)
+    flow.add("SaveImage", size=(440, 290), images=images, filename_prefix="gmflow/quickstart")
 
 
 def guidance_sweep(flow: Flow) -> None:
@@ -82,38 +82,42 @@ Five rows, the same noise: compare one digit down its column.
 **Vanilla CFG** (rows 4 and 5) moves every component by the difference to the unconditional mean, as Stable Diffusion's guidance does. 1 is none.
 
 ### See
-- Without guidance the 7 and the 8 are hard to read.
+- Without guidance the 7, the 8 and the 9 are hard to read.
 - Both kinds make digits plainer, and more alike. The ink may change.
 - These inks are pure, so little can oversaturate; on photographs strong CFG does.
 
 ### Try
 - **orthogonal** 0: guidance may brighten too.
-- **end_percent** 0.5: guide only the first half.
-- **labels** `4`: ten fours.
+- **labels** *4*: ten fours.
+- **method** *probabilistic* in a GMFlow Guider gives the same as the rows above. Its **end_percent** 0.5 guides only the first half.
 """, size=(340, 500))
-    group, model, positive, negative, latent = start(flow, "0-9", 10)
-    shared = flow.group("The same for all rows", below=group, color=GREEN)
+    group, model, positive, _, latent = start(flow, "0-9", 10)
+    vae = pixels(flow)
+
+    def look(title: str, name: str, latents: Output) -> None:
+        images = enlarge(flow, latents, vae)
+        flow.add("SaveImage", title, size=(1560, 290), images=images, filename_prefix=f"gmflow/guidance/{name}")
+
+    row = None
+    for scale in (0.0, 0.3, 0.6):
+        title = f"Probabilistic guidance {scale or '0: none'}"
+        row = flow.group(title, across=True, **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
+        sampled = flow.add("GMFlowKSampler", size=(548, 350), model=model, positive=positive, latent_image=latent, seed=7,
+                           steps=8, guidance=scale)
+        look(title, f"probabilistic_{scale}", sampled["latent"])
+
+    flow.group("The same for both", pos=(group.pos[0], row.bottom + 40), color=GREEN)
     noise = flow.add("RandomNoise", noise_seed=7).out
     sampler = flow.add("SamplerGMFlowODE").out
     sigmas = flow.add("GMFlowScheduler", model=model, steps=8).out
-    vae = pixels(flow)
-    rows = [
-        ("Probabilistic guidance 0: none", "probabilistic_0.0", dict(guidance=0.0)),
-        ("Probabilistic guidance 0.3", "probabilistic_0.3", dict(guidance=0.3)),
-        ("Probabilistic guidance 0.6", "probabilistic_0.6", dict(guidance=0.6)),
-        ("Vanilla CFG 1.5", "vanilla_1.5", dict(method="vanilla CFG", cfg_scale=1.5)),
-        ("Vanilla CFG 4", "vanilla_4.0", dict(method="vanilla CFG", cfg_scale=4.0)),
-    ]
-    row = None
-    for title, name, settings in rows:
-        beside = dict(right_of=shared, gap=100, pos=(None, 0)) if row is None else dict(below=row)
-        row = flow.group(title, across=True, color=PURPLE if "CFG" in title else BLUE, **beside)
-        guider = flow.add("GMFlowGuider", size=(290, 250), show_advanced=True, model=model, positive=positive,
-                          negative=negative, **settings).out
-        sampled = flow.add("SamplerCustomAdvanced", size=(240, 130), noise=noise, guider=guider, sampler=sampler,
+    for scale in (1.5, 4.0):
+        title = f"Vanilla CFG {scale:g}"
+        row = flow.group(title, below=row, across=True, color=PURPLE)
+        guider = flow.add("GMFlowGuider", size=(280, 250), show_advanced=True, model=model, positive=positive,
+                          method="vanilla CFG", cfg_scale=scale).out
+        sampled = flow.add("SamplerCustomAdvanced", size=(220, 130), noise=noise, guider=guider, sampler=sampler,
                            sigmas=sigmas, latent_image=latent)
-        images = enlarge(flow, sampled["output"], vae)
-        flow.add("SaveImage", title, size=(1060, 290), images=images, filename_prefix=f"gmflow/guidance/{name}")
+        look(title, f"vanilla_{scale}", sampled["output"])
 
 
 def advanced_custom_sampling(flow: Flow) -> None:
@@ -137,7 +141,7 @@ Four steps, the same noise, two solvers.
 """, size=(340, 500))
     group, model, positive, negative, latent = start(flow, "0-9", 10)
     group = flow.group("Noise, guidance, schedule", right_of=group, color=GREEN)
-    noise = flow.add("RandomNoise", noise_seed=3).out
+    noise = flow.add("RandomNoise", noise_seed=4).out
     guider = flow.add("GMFlowGuider", model=model, positive=positive, negative=negative, guidance=0.3).out
     sigmas = flow.add("GMFlowScheduler", model=model, steps=4).out
     vae = pixels(flow)
@@ -162,10 +166,10 @@ A GMFlow model is an ordinary MODEL: the core sees a flow model that predicts th
 Here *euler* and *dpmpp_2m* with **cfg** 1.5 are beside **GMFlow KSampler** with guidance 0.3. The same seed gives the same noise in all three.
 
 ### See
-The core's samplers take a straight step along the mean; GM-ODE follows the whole mixture between the steps.
+The core's samplers see only the mean; GM-ODE follows the whole mixture between the steps. With 8 steps they agree on most digits.
 
 ### Try
-- **steps** 2 or 4 everywhere: the difference grows.
+- **steps** 2 everywhere: the mean blends the inks that are still possible. With 1 it is a grey blur, and GM-ODE gives every pixel a pure ink of its own.
 - Another **sampler_name** or **scheduler**.
 - **cfg** 1 is no guidance.
 """, size=(340, 380))
@@ -211,7 +215,7 @@ def inpaint_and_img2img(flow: Flow) -> None:
     mask = flow.add("MaskComposite", "Where it is free", destination=keep, source=free, x=0, y=0, operation="add").out
 
     source = flow.group("1  Paint threes", right_of=first, gap=80, color=GREEN)
-    classes = flow.add("GMFlowClassConditioning", size=(300, 110), model=model, labels="3")
+    classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="3")
     threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent, seed=5, guidance=0.3)["latent"]
     images = enlarge(flow, threes, vae)
     flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
@@ -256,14 +260,14 @@ Changing only an inspector samples no new image.
                        latent_image=latent, seed=2, steps=8, guidance=0.3)
     images = enlarge(flow, sampled["latent"], pixels(flow))
     flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
-    panel = dict(size=(620, 570), trace=sampled["trace"])
-    group = flow.group("Components: the choices, and what becomes of them", right_of=group, color=PURPLE)
+    panel = dict(size=(620, 590), trace=sampled["trace"])
+    group = flow.group("Components: the choices, and what becomes of them", right_of=group, across=True, color=PURPLE)
     for step in (0, 2, 5):
         flow.add("GMFlowInspector", f"Components at step {step}", step=step, view="components", **panel)
-    flow.group("Where the choices are", right_of=group, color=GREEN)
+    flow.group("Where the choices are", below=group, across=True, color=GREEN)
     flow.add("GMFlowInspector", "Entropy at step 2", step=2, view="entropy", **panel)
     last = flow.add("GMFlowInspector", "Weights at step 2", step=2, view="weights", **panel)
-    flow.add("PreviewAny", "Numbers of every step (JSON)", size=(620, 570), source=last["statistics"])
+    flow.add("PreviewAny", "Numbers of every step (JSON)", size=(620, 590), source=last["statistics"])
 
 
 def imagenet_gmdit(flow: Flow) -> None:
@@ -280,20 +284,20 @@ The published GM-DiT (676 million parameters, 8 components, 1000 classes). It is
 | [{name}]({repo}/resolve/main/transformer/{weights}) | models/diffusion_models |
 | [{vae_file}]({vae_repo}/resolve/main/{vae_file}) | models/vae |
 
-The first is called `{weights}` there: **rename** it to `{name}`.
+The first is called *{weights}* there: **rename** it to *{name}*.
 
 ### Try
-- **class_name**: click and type. For several classes at once use *GMFlow Class Conditioning*: `207, tabby cat`.
+- **class_name**: click and type. For several classes at once use **GMFlow Class Conditioning**: *207, tabby cat*.
 - **steps** 32 for the best quality, 4 for speed.
 - **guidance** 0.45 is the published default.
-- **solver** GM-SDE: its spectral sampling needs the repository's `spectrum_net` too. Download the [whole repository]({repo}) and make one file of it: `python -m gmflow_core convert FOLDER {name}`.
+- **solver** GM-SDE: its spectral sampling needs the repository's *spectrum_net* too. Download the [whole repository]({repo}) and make one file of it: *python -m gmflow_core convert FOLDER {name}*.
 """, size=(440, 460))
     group = flow.group("Model and class", pos=(480, 0))
-    model = flow.add("GMFlowLoader", size=(400, 90), model_name=name, models=[
+    model = flow.add("GMFlowLoader", size=(400, 114), model_name=name, models=[
         {"name": name, "url": f"{repo}/resolve/main/transformer/{weights}", "directory": "diffusion_models"},
     ]).out
     classes = flow.add("GMFlowImageNetClass", size=(400, 90), class_name="207 golden retriever")
-    latent = flow.add("GMFlowEmptyLatent", size=(400, 70), model=model, batch_size=2).out
+    latent = flow.add("GMFlowEmptyLatent", size=(400, 90), model=model, batch_size=2).out
     vae = flow.add("VAELoader", "VAE of Stable Diffusion 1", size=(400, 70), vae_name=vae_file, models=[
         {"name": vae_file, "url": f"{vae_repo}/resolve/main/{vae_file}", "directory": "vae"},
     ]).out

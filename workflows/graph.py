@@ -10,6 +10,7 @@ import uuid
 
 TITLE, GAP, PAD, GROUP_TITLE = 30, 24, 20, 44   # pixels: a node's title bar, between nodes, in groups
 SLOT, WIDGET, MULTILINE = 20, 24, 90
+FOOT = 30  # newer pages write a pack's name and a button for advanced inputs under its nodes
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -46,6 +47,7 @@ class Node:
     def __init__(self, number: int, class_type: str, info: dict, title, size, show_advanced, models, values: dict):
         self.number, self.class_type, self.info, self.title = number, class_type, info, title or info["display_name"]
         self.show_advanced, self.models = show_advanced, models
+        self.ours = class_type.startswith(("GMFlow", "SamplerGMFlow"))
         specs = inputs_of(info)
         if unknown := values.keys() - specs.keys():
             raise KeyError(f"{class_type} has no input {', '.join(sorted(unknown))}")
@@ -72,7 +74,7 @@ class Node:
         return Output(self, 0)
 
     def height(self) -> int:
-        height = 14 + SLOT * max(len(self.sockets), len(self.info["output"]))
+        height = 14 + FOOT * self.ours + SLOT * max(len(self.sockets), len(self.info["output"]))
         for name in self.widgets:
             hints = fields(self.specs[name])
             height += MULTILINE if hints.get("multiline") else WIDGET
@@ -209,8 +211,7 @@ class Flow:
             {"name": name, "type": kind, "links": [n for n, a, s, *_ in links if (a, s) == (node.number, slot)] or None}
             for slot, (name, kind) in enumerate(zip(node.info["output_name"], node.info["output"]))
         ]
-        ours = node.class_type.startswith(("GMFlow", "SamplerGMFlow"))
-        properties = {**self.packs["" if ours else "core"], "Node name for S&R": node.class_type}
+        properties = {**self.packs["" if node.ours else "core"], "Node name for S&R": node.class_type}
         if node.models:
             properties["models"] = node.models
         return {

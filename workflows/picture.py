@@ -1,0 +1,101 @@
+"""Runs workflows on a ComfyUI and makes their pictures ``NAME.jpg`` of what they put out.
+
+    python -m workflows.picture --server URL quickstart guidance_sweep
+
+Needs Pillow. A row is what one node saves; previews count only where they are all that there is, and an
+inspector's panels stand two in a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import urllib.parse
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .run import RunError, Server, failure, load
+
+HERE = Path(__file__).resolve().parent
+WIDTH, GAP, CAPTION, PAPER, INK = 840, 6, 26, (24, 24, 27), (212, 212, 216)
+
+
+def outputs(server: Server, workflow: dict) -> list[tuple[str, list[Image.Image]]]:
+    """(title, images) of every node with images, in the workflow's order."""
+    entry = server.wait(workflow, server.queue(workflow), 600, lambda state: None)
+    if problem := failure(workflow, entry):
+        raise RunError(1, problem)
+    found = []
+    for number, node in workflow.items():
+        images = entry["outputs"].get(number, {}).get("images", [])
+        if images and node["class_type"] != "PreviewImage":
+            files = [server.request("/view?" + urllib.parse.urlencode(image)) for image in images]
+            found.append((node["_meta"]["title"], [Image.open(io.BytesIO(file)).convert("RGB") for file in files]))
+    return found
+
+
+def tiled(images: list[Image.Image], columns: int, width: int) -> Image.Image:
+    """Rows of images, all of the width of a column; pixels stay square-edged when they grow."""
+    cell = (width - GAP * (columns - 1)) // columns
+    sized = [i.resize((cell, round(cell * i.height / i.width)), Image.NEAREST if cell >= i.width else Image.LANCZOS) for i in images]
+    rows = [sized[n : n + columns] for n in range(0, len(sized), columns)]
+    sheet = Image.new("RGB", (width, sum(max(i.height for i in row) + GAP for row in rows) - GAP), PAPER)
+    y = 0
+    for row in rows:
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * (cell + GAP), y))
+        y += max(i.height for i in row) + GAP
+    return sheet
+
+
+def compose(found: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+    panels = [(title, images[0]) for title, images in found if images[0].width > 256]
+    if panels:
+        cell = (WIDTH - GAP) // 2
+        blocks = [captioned(title, tiled([image], 1, cell)) for title, image in panels]
+        return padded(tiled(blocks, 2, WIDTH))
+    if len(found) == 1:
+        return padded(tiled(found[0][1], 5, WIDTH))
+    rows = [captioned(title, tiled(images, len(images), WIDTH if len(images) > 5 else WIDTH * 3 // 5)) for title, images in found]
+    width = max(row.width for row in rows)
+    sheet, y = Image.new("RGB", (width, sum(row.height + 2 * GAP for row in rows) - 2 * GAP), PAPER), 0
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height + 2 * GAP
+    return padded(sheet)
+
+
+def captioned(title: str, image: Image.Image) -> Image.Image:
+    sheet = Image.new("RGB", (image.width, image.height + CAPTION), PAPER)
+    sheet.paste(image, (0, CAPTION))
+    ImageDraw.Draw(sheet).text((0, 4), title, INK, ImageFont.load_default(15))
+    return sheet
+
+
+def padded(image: Image.Image) -> Image.Image:
+    sheet = Image.new("RGB", (image.width + 40, image.height + 40), PAPER)
+    sheet.paste(image, (20, 20))
+    return sheet
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m workflows.picture", description="Make the workflows' pictures.")
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        try:
+            picture = compose(outputs(Server(arguments.server), load(HERE / "api" / f"{name}.json")))
+        except RunError as error:
+            print(f"error: {name}: {error}", file=sys.stderr)
+            return error.code
+        path = HERE / f"{name}.jpg"
+        picture.save(path, quality=85, optimize=True)
+        print(f"{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
