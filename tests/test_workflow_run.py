@@ -103,6 +103,18 @@ def test_saves_previews_where_nothing_else_is(tmp_path):
     assert (tmp_path / "p.png").is_file()
 
 
+def test_saves_an_inspectors_panel_beside_the_image(tmp_path):
+    path = WORKFLOWS / "api" / "inspect_components.json"
+    ids = {node["class_type"]: number for number, node in json.loads(path.read_text(encoding="utf-8")).items()}
+    entry = {**DONE, "outputs": {
+        ids["SaveImage"]: {"images": [{"filename": "a.png", "subfolder": "gmflow", "type": "output"}]},
+        ids["GMFlowInspector"]: {"images": [{"filename": "panel.png", "subfolder": "", "type": "temp"}]},
+    }}
+    with comfy(entry) as (url, _):
+        assert main([str(path), "--server", url, "--out", str(tmp_path)]) == 0
+    assert {p.name for p in tmp_path.rglob("*.png")} == {"a.png", "panel.png"}
+
+
 @pytest.mark.parametrize("target", [SAMPLER, "GMFlow KSampler"])
 def test_set_by_id_or_title_with_json_or_text(tmp_path, target):
     with comfy(DONE) as (url, seen):

@@ -162,9 +162,10 @@ def failure(workflow: dict, entry: dict) -> str | None:
 
 
 def save_images(server: Server, workflow: dict, entry: dict, folder: Path) -> list[Path]:
-    """Every image of the outputs; those of previews only where a workflow saves none."""
-    images = [image for output in entry.get("outputs", {}).values() for image in output.get("images", [])]
-    images = [i for i in images if i.get("type") == "output"] or images
+    """Every image of the outputs; those of Preview Image only where there are no others."""
+    found = [(node, image) for node, output in entry.get("outputs", {}).items() for image in output.get("images", [])]
+    kept = [image for node, image in found if workflow.get(node, {}).get("class_type") != "PreviewImage"]
+    images = kept or [image for _, image in found]
     paths = []
     for image in images:
         data = server.request("/view?" + urllib.parse.urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")}))
