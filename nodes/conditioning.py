@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..gmflow_core.labels import LabelError, parse_labels
 from . import host
-from .describe import make_conditioning
+from .describe import make_conditioning, null_conditioning
 from .schema import schema
 
 IMAGENET = tuple((Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
@@ -43,7 +43,7 @@ class GMFlowClassConditioning(io.ComfyNode):
             indices = parse_labels(labels, info.config.num_classes, names)
         except LabelError as error:
             raise ValueError(f"labels: {error}") from None
-        return io.NodeOutput(make_conditioning(indices), make_conditioning([info.config.null_label]))
+        return io.NodeOutput(make_conditioning(indices, info.config.num_classes), null_conditioning(info.config))
 
 
 class GMFlowImageNetClass(io.ComfyNode):
@@ -52,7 +52,7 @@ class GMFlowImageNetClass(io.ComfyNode):
         options = [f"{index} {name}" for index, name in enumerate(IMAGENET)]
         return schema(
             "GMFlowImageNetClass", "GMFlow ImageNet Class",
-            "One of ImageNet's 1000 classes, to search by name.",
+            "One of ImageNet's 1000 classes, to search by name. For models of that many classes.",
             [io.Combo.Input("class_name", options=options, default=options[207],
                             tooltip="Click and type to search, e.g. retriever. The number is the class index.")],
             [
@@ -68,4 +68,4 @@ class GMFlowImageNetClass(io.ComfyNode):
         if not index.isdecimal() or name not in IMAGENET[int(index) : int(index) + 1]:  # 0.3.64 passes any text
             raise ValueError(f"class_name: {class_name!r} is none of the list, which runs from '0 {IMAGENET[0]}' to '999 {IMAGENET[-1]}'")
         index = int(index)
-        return io.NodeOutput(make_conditioning([index]), make_conditioning([len(IMAGENET)]))
+        return io.NodeOutput(*(make_conditioning([label], len(IMAGENET)) for label in (index, len(IMAGENET))))

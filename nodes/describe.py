@@ -11,6 +11,7 @@ from ..gmflow_core import GMDiTConfig, SpectrumMLP
 from ..gmflow_core.checkpoint import LatentSpace
 
 LABELS = "gmflow_labels"     # in a conditioning's dict: int64 (N,)
+CLASSES = "gmflow_classes"   # beside it: how many classes the model has that they are made for
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,20 +39,28 @@ def check_latent(info: ModelInfo, noise, latent) -> None:
         raise ValueError("latent: it holds NaN or infinite values; the node that made it failed (a VAE in half precision?)")
 
 
-def make_conditioning(labels: list[int]) -> list:
+def make_conditioning(labels: list[int], num_classes: int) -> list:
     """CONDITIONING of class indices. Its tensor (N,1,1) holds label + 1, so that what other nodes do to it is seen."""
     values = torch.tensor(labels, dtype=torch.int64)
-    return [[(values + 1).float().reshape(-1, 1, 1), {LABELS: values}]]
+    return [[(values + 1).float().reshape(-1, 1, 1), {LABELS: values, CLASSES: num_classes}]]
 
 
-def read_labels(tensor, labels, config: GMDiTConfig, role: str) -> torch.Tensor:
-    """int64 (N,) of a conditioning; the null label for a zeroed or empty one; ValueError for a foreign or blended one."""
+def null_conditioning(config: GMDiTConfig) -> list:
+    """CONDITIONING of no class: what classifier guidance moves away from."""
+    return make_conditioning([config.null_label], config.num_classes)
+
+
+def read_labels(tensor, labels, num_classes, config: GMDiTConfig, role: str) -> Tensor:
+    """int64 (N,) of a conditioning: its tensor, and what lies in its dict under LABELS and CLASSES.
+
+    The null label for a zeroed or empty one; ValueError for one that holds text, a blend or another model's classes.
+    """
     if tensor is None or not tensor.any():
         return torch.tensor([config.null_label])
     if labels is None:
         raise ValueError(f"{role}: this conditioning holds text or something else, not classes; use GMFlow Class Conditioning")
+    if num_classes != config.num_classes:
+        raise ValueError(f"{role}: its labels are made for a model of {num_classes} classes; this one has {config.num_classes}")
     if tensor.numel() != len(labels) or not torch.equal(tensor.flatten().cpu(), (labels + 1).float()):
         raise ValueError(f"{role}: classes can not be averaged or concatenated; to blend some, use ConditioningCombine")
-    if int(labels.max()) > config.null_label:
-        raise ValueError(f"{role}: label {int(labels.max())} is made for another model; this one knows 0 to {config.null_label - 1}")
     return labels

@@ -38,7 +38,7 @@ from ..gmflow_core.files import CheckpointError
 from ..gmflow_core.model import unpack_mixture
 from ..gmflow_core.noise import ImageNoise
 from ..gmflow_core.schedule import default_substeps
-from .describe import LABELS, ModelInfo, check_latent, make_conditioning, read_labels
+from .describe import CLASSES, LABELS, ModelInfo, check_latent, null_conditioning, read_labels
 from .mixing import SOLVERS, Capture, GMOptions, Guidance, clean_sigmas, guided_by_mean, make_inpaint, moved, pool
 
 CAPTURE = "gmflow_capture"   # in transformer_options
@@ -95,7 +95,9 @@ class GMFlowModel(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs):
         role, noise = kwargs.get("prompt_type", "conditioning"), kwargs["noise"]
         check_latent(self.gmflow, noise, kwargs.get("latent_image"))
-        labels = read_labels(kwargs.get("cross_attn"), kwargs.get(LABELS), self.gmflow.config, role)
+        labels = read_labels(
+            kwargs.get("cross_attn"), kwargs.get(LABELS), kwargs.get(CLASSES), self.gmflow.config, role
+        )
         if len(labels) not in (1, len(noise)):
             raise ValueError(
                 f"{role}: {len(labels)} labels for a batch of {len(noise)} images; give one label, or one for each image "
@@ -257,7 +259,7 @@ def gather(capture: Capture, conds: list[dict], model: GMFlowModel, x, sigma: fl
             "without a range for this step, or a patch that skips the network (EasyCache), cannot be combined with it"
         )
     if any("area" in cond or "mask" in cond for cond in found):
-        raise ValueError(f"{role}: GM samplers take conditionings of the whole image; remove the area or mask, or use a core sampler")
+        raise ValueError(f"{role}: GM samplers take conditionings of the whole image; remove the area or mask, or use a core guider with a core sampler")
     mixtures = [
         velocity_to_posterior(unpack_mixture(capture.packed[cond["uuid"]].to(x.device), model.gmflow.config.num_gaussians), x, sigma)
         for cond in found
@@ -294,7 +296,7 @@ def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
     """A GUIDER of a GMFlow model; ``negative`` None is the null label."""
     info = require_gmflow(model)
     guider = GMFlowGuider(model)
-    guider.set_conds(positive, make_conditioning([info.config.null_label]) if negative is None else negative)
+    guider.set_conds(positive, null_conditioning(info.config) if negative is None else negative)
     guider.guidance = guidance
     return guider
 
@@ -366,8 +368,19 @@ def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *,
         noise = ImageNoise(seed + 1, range(len(x)) if batch_index is None else batch_index, tuple(x.shape[1:]), x.device)
         spectrum = network.gmflow.spectrum if options.spectral else None
         if spectrum is not None:
+            check_spectrum(spectrum, x)
             spectrum = copy.deepcopy(spectrum).to(x.device)
         return sample_gm_sde(denoiser, x, grid, spectrum=spectrum, noise_sampler=noise, **common)
+
+
+def check_spectrum(spectrum: SpectrumMLP, x) -> None:
+    """ValueError for a latent larger than the spectrum network knows."""
+    known, size = spectrum.config.base_size[1:], x.shape[2:]
+    if any(n > limit for n, limit in zip(size, known)):
+        raise ValueError(
+            f"latent: GM-SDE's spectral noise knows sizes up to {' x '.join(map(str, known))}, got {' x '.join(map(str, size))}; "
+            "turn spectral off (Sampler GM-SDE), or use GM-ODE"
+        )
 
 
 class SeedNoise:

@@ -45,8 +45,8 @@ class GMFlowInspector(io.ComfyNode):
                 io.Vae.Input("vae", optional=True, tooltip="Decodes latents. RGB models need none; without one, latents are shown in rough colours."),
             ],
             [
-                io.Image.Output(display_name="panel"),
-                io.String.Output(display_name="statistics", tooltip="JSON: per step sigma, entropy, effective components, weights, guidance shift."),
+                io.Image.Output(display_name="panel", tooltip="The picture of the view."),
+                io.String.Output(display_name="statistics", tooltip="JSON: for each step sigma, entropy, effective components, standard deviations, weights, shifts and KL."),
             ],
             is_output_node=True,
             search_aliases=["gmflow", "inspect", "mixture components", "entropy", "visualize"],

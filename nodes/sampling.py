@@ -15,7 +15,7 @@ STEPS = "Network evaluations (twice as many with guidance). 4 to 8 are good, 1 w
 GUIDANCE = ("Probabilistic guidance scale, 0 to below 1; 0 is none. Not a CFG scale: 0.45 is the published default, 0.3 suits the "
             "digits, 0.02 to 0.75 are good.")
 ORTHOGONAL = "How far guidance is kept from simply brightening or contrasting the image: 1 removes that part, 0 leaves it."
-SUBSTEPS = "GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, as published."
+SUBSTEPS = "GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, rounded up, as published."
 SHIFT = "Time shift, times the model's own. Above 1 spends more steps at high noise; 1 is right for the published model."
 ORDER = "2 also uses the previous network evaluation: better with few steps. 1 is the plain solver."
 DENOISE = "1 paints from pure noise; below 1 starts from a partly noised input image and keeps more of it."
@@ -31,7 +31,7 @@ def second_order_inputs() -> list:
         advanced(io.Float.Input("c_b", default=1.0, min=0.0, max=10.0, step=0.1, round=False,
                                 tooltip="Second order: the same distrust, growing with guidance.")),
         advanced(io.Int.Input("correction_steps", default=0, min=0, max=16,
-                              tooltip="Second order: repetitions until the corrected mean is exactly the extrapolated one.")),
+                              tooltip="Second order: repetitions that bring the corrected mean to the extrapolated one. 2 helps without guidance.")),
     ]
 
 
@@ -104,7 +104,7 @@ class GMFlowGuider(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True,
                                       tooltip="What to be guided away from. Left open: the null label, as trained."),
             ],
-            [io.Guider.Output()],
+            [io.Guider.Output(tooltip="For every node that takes a GUIDER.")],
             search_aliases=["gmflow", "probabilistic guidance", "guider", "cfg"],
         )
 
@@ -138,7 +138,7 @@ class SamplerGMFlowSDE(io.ComfyNode):
         return schema(
             "SamplerGMFlowSDE", "Sampler GM-SDE",
             "GM-SDE: stochastic. Every step draws an image from the mixture and noises it again. Step noise follows the seed and "
-            "the image's place in the batch.",
+            "the image: its batch_index in GMFlow nodes, its place in the batch elsewhere.",
             [
                 order_input(),
                 io.Boolean.Input("spectral", default=True,
@@ -179,7 +179,7 @@ class GMFlowKSampler(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True,
                                       tooltip="What to be guided away from. Left open: the null label, as trained."),
             ],
-            [io.Latent.Output(display_name="latent"), GMTrace.Output(display_name="trace", tooltip=TRACE)],
+            [io.Latent.Output(display_name="latent", tooltip="The images, to decode."), GMTrace.Output(display_name="trace", tooltip=TRACE)],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             search_aliases=["gmflow", "ksampler", "sampler", "gm-ode", "gm-sde"],
         )
@@ -203,15 +203,15 @@ class GMFlowSamplerCustom(io.ComfyNode):
             "GMFlowSamplerCustom", "GMFlow Sampler Custom",
             "The core's SamplerCustomAdvanced with a trace for GMFlow Inspector, and step noise that follows batch_index.",
             [
-                io.Noise.Input("noise"),
+                io.Noise.Input("noise", tooltip="RandomNoise, or DisableNoise for a second stage. Its seed also drives GM-SDE."),
                 io.Guider.Input("guider", tooltip="GMFlow Guider, or a core guider (its guidance then shifts the mixture)."),
                 io.Sampler.Input("sampler", tooltip="A GM sampler; core samplers work and leave no trace."),
-                io.Sigmas.Input("sigmas"),
-                io.Latent.Input("latent_image"),
+                io.Sigmas.Input("sigmas", tooltip="From GMFlow Scheduler or a core scheduler."),
+                io.Latent.Input("latent_image", tooltip="An empty latent, or an image to change. A noise mask is kept exactly."),
             ],
             [
-                io.Latent.Output(display_name="output"),
-                io.Latent.Output(display_name="denoised_output"),
+                io.Latent.Output(display_name="output", tooltip="The sample at the last sigma."),
+                io.Latent.Output(display_name="denoised_output", tooltip="The model's last guess of the clean image."),
                 GMTrace.Output(display_name="trace", tooltip=TRACE),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],

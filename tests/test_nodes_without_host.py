@@ -132,26 +132,31 @@ def config(pack):
     )
 
 
+def read(pack, conditioning, config, role="positive"):
+    tensor, extra = conditioning[0]
+    describe = pack("nodes.describe")
+    return describe.read_labels(tensor, extra.get(describe.LABELS), extra.get(describe.CLASSES), config, role).tolist()
+
+
 def test_labels_survive_the_trip(pack, config):
     describe = pack("nodes.describe")
-    tensor, extra = describe.make_conditioning([3, 0, 9])[0]
-    assert describe.read_labels(tensor, extra[describe.LABELS], config, "positive").tolist() == [3, 0, 9]
-    zeroed = describe.read_labels(torch.zeros_like(tensor), extra[describe.LABELS], config, "negative")
-    assert zeroed.tolist() == [10]  # ConditioningZeroOut asks for nothing
-    assert describe.read_labels(None, None, config, "negative").tolist() == [10]
+    three = describe.make_conditioning([3, 0, 9], 10)
+    assert read(pack, three, config) == [3, 0, 9]
+    assert read(pack, [[torch.zeros_like(three[0][0]), three[0][1]]], config) == [10]  # ConditioningZeroOut asks for nothing
+    assert read(pack, [[None, {}]], config) == [10]
+    assert read(pack, describe.null_conditioning(config), config) == [10]
 
 
 def test_labels_that_others_changed_are_refused(pack, config):
-    describe = pack("nodes.describe")
-    (one, extra), (two, _) = describe.make_conditioning([3])[0], describe.make_conditioning([7])[0]
+    make = pack("nodes.describe").make_conditioning
+    (one, extra), (two, _) = make([3], 10)[0], make([7], 10)[0]
     for tensor in ((one + two) / 2, torch.cat([one, two], dim=1)):
         with pytest.raises(ValueError, match="positive: classes can not be averaged or concatenated"):
-            describe.read_labels(tensor, extra[describe.LABELS], config, "positive")
+            read(pack, [[tensor, extra]], config)
     with pytest.raises(ValueError, match="negative: this conditioning holds text"):
-        describe.read_labels(torch.randn(1, 77, 768), None, config, "negative")
-    foreign, extra = describe.make_conditioning([207])[0]
-    with pytest.raises(ValueError, match="label 207 is made for another model; this one knows 0 to 9"):
-        describe.read_labels(foreign, extra[describe.LABELS], config, "positive")
+        read(pack, [[torch.randn(1, 77, 768), {}]], config, "negative")
+    with pytest.raises(ValueError, match="its labels are made for a model of 1000 classes; this one has 10"):
+        read(pack, make([3], 1000), config)
 
 
 def test_latents_that_do_not_fit(pack, config):
