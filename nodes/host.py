@@ -76,10 +76,16 @@ class HostGMDiT(GMDiT):
         if control is not None:
             raise ValueError("a ControlNet is applied to the conditioning; there are none for GMFlow models: remove it")
         packed = super().forward(x, sigma, labels)
-        capture = transformer_options.get(CAPTURE)
-        if capture is not None:
-            capture.add(packed, transformer_options["uuids"])
+        hand_over(packed, transformer_options)
         return self.mixture(packed).mean()
+
+
+@torch.compiler.disable  # a compiled network would expect the capture of its first call
+def hand_over(packed, transformer_options: dict) -> None:
+    """A network's output to the capture, if somebody wants it."""
+    capture = transformer_options.get(CAPTURE)
+    if capture is not None:
+        capture.add(packed, transformer_options["uuids"])
 
 
 class GMFlowModel(comfy.model_base.BaseModel):

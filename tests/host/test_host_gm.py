@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gmflow_core import GMDenoiser, flow_sigmas, load_checkpoint, sample_gm_ode, sample_gm_sde
+from gmflow_core.checkpoint import read_state
 from gmflow_core.noise import ImageNoise
 from gmflow_core.schedule import default_substeps
 
@@ -418,18 +420,18 @@ def test_step_caches(digits, node):
     assert result.ok or "needs its mixture" in result.error, result.error
 
 
-def test_lora(host, digits):
-    from safetensors.torch import save_file
-
-    from gmflow_core.checkpoint import read_state
-
+def make_lora(host, name: str) -> None:
+    """A patch of one layer, in the names that ComfyUI's generic loader knows."""
     shape = read_state(BUNDLED).state["transformer_blocks.0.attn1.to_q.weight"].shape
-    rng = torch.Generator().manual_seed(0)
-    key = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    key, rng = "diffusion_model.transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
     save_file({
         f"{key}.lora_up.weight": torch.randn((shape[0], 4), generator=rng) * 0.1,
         f"{key}.lora_down.weight": torch.randn((4, shape[1]), generator=rng) * 0.1,
-    }, host.base / "models" / "loras" / "tiny.safetensors")
+    }, host.base / "models" / "loras" / name)
+
+
+def test_lora(host, digits):
+    make_lora(host, "tiny.safetensors")
     g = digits(batch=2, labels="6")
     on, off = (g.add("LoraLoaderModelOnly", model=g.model, lora_name="tiny.safetensors", strength_model=s) for s in (1.0, 0.0))
     plain, patched, zero, core, core_patched = g.latents(
@@ -468,3 +470,81 @@ def test_other_sizes(digits):
     assert latent.shape[1] == 3 and latent.isfinite().all()
     bigger = g.add("LatentUpscale", samples=g.gm(steps=2), upscale_method="nearest-exact", width=192, height=192, crop="disabled")
     assert g.latents(g.gm(latent_image=bigger, steps=2, denoise=0.5)).shape[2:] == (24, 24)
+    large = g.gm(latent_image=bigger, steps=2, solver="GM-SDE")
+    white = g.custom(g.add("SamplerGMFlowSDE", spectral=False), latent_image=bigger, steps=2)
+    assert g.latents(white).isfinite().all()
+    g.host.save(g.graph, large)
+    assert "sizes up to 16 x 16, got 24 x 24; turn spectral off" in g.host.refused(g.graph)
+
+
+# ---- more of the core's nodes ------------------------------------------------------------------
+
+def perp_neg(g):
+    guider = g.add("PerpNegGuider", model=g.model, positive=g.positive, negative=g.negative, empty_conditioning=g.negative, cfg=2.0)
+    return [g.custom(g.add(f"SamplerGMFlow{solver}"), guider, steps=3) for solver in ("ODE", "SDE")]
+
+
+def two_models(g):
+    guider = g.add("DualModelGuider", model=g.model, positive=g.positive, negative=g.negative, model_negative=g.model)
+    return [g.custom(g.add("SamplerGMFlowODE"), guider, steps=3)]
+
+
+def cfg_override(g):
+    return [g.gm(model=g.add("CFGOverride", model=g.model), steps=3)]
+
+
+def sampler_custom(g):
+    return [g.add(
+        "SamplerCustom", model=g.model, positive=g.positive, negative=g.negative, cfg=1.5, sampler=g.add("SamplerGMFlowODE"),
+        sigmas=g.add("GMFlowScheduler", model=g.model, steps=3), latent_image=g.empty, noise_seed=0,
+    )]
+
+
+def compute_dtype(g):
+    return [sample(model=g.add("ModelComputeDtype", model=g.model, dtype=dtype), steps=3) for dtype in ("bf16", "fp16") for sample in (g.gm, g.core)]
+
+
+def default_combine(g):
+    other = g.add("GMFlowClassConditioning", model=g.model, labels="3")
+    return [g.gm(positive=g.add("ConditioningSetDefaultCombine", cond=g.positive, cond_DEFAULT=other), steps=2)]
+
+
+def seed_behaviour(g):
+    return [g.gm(latent_image=g.add("LatentBatchSeedBehavior", samples=g.empty, seed_behavior="fixed"), steps=2, solver="GM-SDE")]
+
+
+def joined_batches(g):
+    return [g.gm(latent_image=g.add("LatentBatch", samples1=g.empty, samples2=g.empty), steps=2, solver="GM-SDE")]
+
+
+@pytest.mark.parametrize("build", [
+    perp_neg, two_models, cfg_override, sampler_custom, compute_dtype, default_combine, seed_behaviour, joined_batches,
+])
+def test_more_nodes(host, digits, build):
+    g = digits(batch=2, labels="6")
+    try:
+        links = build(g)
+    except KeyError as error:
+        pytest.skip(f"{error} is not in this version")
+    latents = g.latents(*links, g.empty)[:-1]
+    assert all(latent.isfinite().all() and 0 < latent.abs().max() < 5 for latent in latents)
+    if build is seed_behaviour:
+        assert_same(latents[0][:1], latents[0][1:])
+
+
+def test_hooks(host, digits):
+    """A LoRA for one of two conditionings: the core then evaluates them apart."""
+    make_lora(host, "hook.safetensors")
+    g = digits(batch=1, labels="6")
+    hooks = g.add("CreateHookLoraModelOnly", lora_name="hook.safetensors", strength_model=1.0)
+    pair = g.add("PairConditioningSetProperties", positive_NEW=g.positive, negative_NEW=g.negative, strength=1.0, set_cond_area="default", hooks=hooks)
+    plain, one, both = g.latents(g.gm(steps=3), g.gm(steps=3, positive=pair), g.gm(steps=3, positive=pair, negative=pair.out(1)))
+    assert len({tuple(x.flatten().tolist()) for x in (plain, one, both)}) == 3 and both.isfinite().all()
+
+
+def test_models_unloaded_between(host, digits):
+    g = digits(batch=1, labels="6")
+    first = g.latents(g.gm(steps=2))
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    again = digits(batch=1, labels="6")
+    assert torch.equal(first, again.latents(again.gm(steps=2)))

@@ -43,3 +43,8 @@ def test_half_precision_servers(host, recognised, option, dtype):
     found = inside(host, "sample", option)["sample"]
     assert found["weights"] == dtype and found["latent"] == "torch.float32"
     assert recognised(torch.tensor(found["pixels"]).reshape(10, 3, 16, 16)) >= 9
+
+
+def test_a_compiled_model(host):
+    """torch.compile of the core's node: GM sampler, core sampler and GM sampler again on one compiled network."""
+    assert all(difference < 1e-3 for difference in inside(host, "compile")["differences"])
