@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .charts import Series, component_colour, legend, line_chart, marginal_chart, scatter_chart
-from .inspect import align, dominance, dominant_component, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy
+from .inspect import dominance, dominant_component, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy
 from .mixture import GaussianMixture
 from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet, to_uint8
 from .trace import Trace, TraceStep, pick, statistics
@@ -30,7 +30,7 @@ def ordered(mixture: GaussianMixture, order: str, count: int) -> GaussianMixture
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     count = min(count, mixture.components)
     if order == "aligned":
-        return hypotheses(mixture, count) if count < mixture.components else align(mixture)
+        return hypotheses(mixture, count)
     mixture = rank(mixture) if order == "ranked" else mixture
     return GaussianMixture(mixture.means[:, :count], mixture.log_weights[:, :count], mixture.log_std)
 
@@ -101,6 +101,13 @@ def _captions(mixture: GaussianMixture) -> list[str]:
     return [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(mean_weights(mixture)[0].tolist())]
 
 
+def _faded(scene: Scene, count: int) -> Tensor:
+    """Each component's mean, towards grey where it has little weight: a mean that nobody believes says nothing."""
+    pictures, weights = scene.decode(scene.mixture.means[0, :count]), scene.mixture.weights[0, :count]
+    opacity = (weights / weights.amax((2, 3), keepdim=True).clamp(min=1e-6)).sqrt()
+    return pictures * torch.nn.functional.interpolate(opacity, size=pictures.shape[-2:], mode="nearest")
+
+
 def _columns(count: int) -> int:
     return 4 if count <= 12 else 8
 
@@ -108,8 +115,9 @@ def _columns(count: int) -> int:
 # ---- views -------------------------------------------------------------------------------------
 
 def _components(scene: Scene):
-    tiles = _labelled(scene.decode(scene.mixture.means[0]), _captions(scene.mixture), _columns(scene.mixture.components))
-    return sheet([[_tile(scene.mean()), tiles]], [], ["mean", "components, with their share of the weight"], scene.title)
+    tiles = _labelled(_faded(scene, scene.mixture.components), _captions(scene.mixture), _columns(scene.mixture.components))
+    titles = ["mean", "components with their share of the weight, grey where they have none"]
+    return sheet([[_tile(scene.mean()), tiles]], [], titles, scene.title)
 
 
 def _weights(scene: Scene):
@@ -233,8 +241,8 @@ def _sheet(scene: Scene):
         _tile(heat(between, 0, reach)), colour_bar(0, reach, "std", PANEL), *_winner_map(scene),
     ]], [], ["x_t", "mean", "entropy", "", "std between components", "", "heaviest component", ""], scene.title)
     count = min(scene.mixture.components, 8)
-    tiles = _labelled(scene.decode(scene.mixture.means[0, :count]), _captions(scene.mixture)[:count], 8)
-    row = sheet([[tiles]], [], [f"{count} of {scene.mixture.components} components, with their share of the weight"], "Components")
+    tiles = _labelled(_faded(scene, count), _captions(scene.mixture)[:count], 8)
+    row = sheet([[tiles]], [], ["with their share of the weight, grey where they have none"], "Components")
     charts = sheet([_charts(scene)], [], [], "Over the steps", "Lines: average over pixels. Bands: 5 % to 95 % of the pixels.")
     return _stack([maps, row, charts])
 
