@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.data import Checkerboard
-from train.metrics import cells, figures, histogram_kl, outside_share, sliced_wasserstein, unevenness
+from train.metrics import cells, figures, histogram_kl, outside_share, sliced_wasserstein, spread, unevenness
 
 N = 20_000
 
@@ -31,9 +31,10 @@ def test_cells_are_numbered_once_each():
 def test_true_samples_are_good(true, rng):
     found = figures(true, Checkerboard.load().batch(N, rng)[0])
     assert found["outside"] == 0
-    assert 0.5 < found["kl"] / (511 / (2 * N)) < 1.5  # the bias of finite samples and nothing else
+    assert 0.5 < found["kl"] / (127 / (2 * N)) < 1.5  # the bias of finite samples and nothing else
     assert found["wasserstein"] < 0.1
     assert found["uneven"] < 0.01
+    assert found["spread"] == pytest.approx(1, abs=0.01)
 
 
 def test_a_gaussian_blob_is_bad(true, rng):
@@ -60,7 +61,7 @@ def test_kl_of_half_the_cells(true):
     """q = 2p on half of the cells and next to nothing on the other half: the smoothing keeps it finite."""
     half = true[cells(true) < 4]
     n = len(half)
-    empty = 0.5 * math.log((1 / 512) / (0.5 / (n + 256.5)))
+    empty = 0.5 * math.log((1 / 128) / (0.5 / (n + 64.5)))
     assert histogram_kl(half) == pytest.approx(0.5 * math.log(0.5) + empty, abs=0.05)
 
 
@@ -73,6 +74,11 @@ def test_unevenness(true):
     assert unevenness(torch.full((10, 2), -3.0)) == pytest.approx(7 / 8)
     assert unevenness(true[cells(true) < 4]) == pytest.approx(0.5, abs=0.01)
     assert math.isnan(unevenness(torch.full((10, 2), 9.0)))
+
+
+def test_spread_of_a_scale_and_of_the_centre(true):
+    assert spread(1.25 * true) == pytest.approx(1.25 * spread(true), rel=1e-5)
+    assert spread(torch.zeros(5, 2)) == 0
 
 
 @pytest.mark.parametrize("shift", [(0.5, 0.0), (0.3, -0.4), (0.0, 2.0)])

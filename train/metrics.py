@@ -32,7 +32,15 @@ def unevenness(points: Tensor) -> float:
     return 0.5 * (counts / counts.sum() - 1 / 8).abs().sum().item()
 
 
-def histogram_kl(points: Tensor, bins: int = 32) -> float:
+def spread(points: Tensor) -> float:
+    r"""sqrt(mean |x|^2 / (32/3)): the root mean square distance from the centre, over that of the true density.
+
+    1 is right; less gathers in the centre, more at or beyond the outer edge.
+    """
+    return math.sqrt(points.double().square().sum(-1).mean().item() / (2 * LIMIT**2 / 3))
+
+
+def histogram_kl(points: Tensor, bins: int = 16) -> float:
     r"""KL(true || samples) = sum_b p_b log(p_b / q_b) over the M = bins^2/2 squares of the support; all beyond is one bin.
 
     q_b = (n_b + 1/2) / (N + (M + 1)/2), so that empty bins stay finite. Samples in the wrong place make the right ones
@@ -70,5 +78,5 @@ def figures(points: Tensor, reference: Tensor) -> dict[str, float]:
         raise ValueError(f"{int((~torch.isfinite(points)).any(-1).sum())} of {len(points)} points are not finite")
     return {
         "outside": outside_share(points), "kl": histogram_kl(points),
-        "wasserstein": sliced_wasserstein(points, reference), "uneven": unevenness(points),
+        "wasserstein": sliced_wasserstein(points, reference), "uneven": unevenness(points), "spread": spread(points),
     }

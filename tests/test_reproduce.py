@@ -1,0 +1,217 @@
+"""The reproduction of the paper's 2D experiments: its pieces, and a tiny run from end to end."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gmflow_core import GaussianMixture, GMDenoiser, GMMLP, GMMLPConfig, flow_sigmas, sample_gm_ode
+from gmflow_core.guidance import biased_target, tilt_toward, unguided
+from gmflow_core.path import reanchor
+from gmflow_core.solver import SecondOrder
+from train import baselines, reproduce
+from train.baselines import EULER, SCHEDULERS, mean_velocity, sample_euler, sample_scheduler, without_reanchoring
+from train.data import Checkerboard
+from train.reproduce import ABLATION, STEPS, Row, configs, markdown, rows, run, tile
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model():
+    net = GMMLP(GMMLPConfig(num_gaussians=3, width=16, num_layers=2))
+    net.init_weights()
+    return net
+
+
+class Blob(torch.nn.Module):
+    """The exact vanilla network of data from N(centre, std^2 I): velocity (x - E[x_0 | x])/sigma."""
+
+    centre = torch.tensor([1.5, -0.5])
+
+    def __init__(self, std: float):
+        super().__init__()
+        self.std, self.config, self.dummy = std, None, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, sigma, labels=None):
+        s, v = sigma[:, None], self.std**2
+        gain = (1 - s) * v / ((1 - s) ** 2 * v + s**2)
+        return (x - self.centre - gain * (x - (1 - s) * self.centre)) / s
+
+    def mixture(self, packed):
+        return GaussianMixture(packed[:, None], torch.zeros(len(packed), 1, 1), torch.zeros(len(packed), 1, 1))
+
+
+# ---- settings ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_configurations_are_the_papers(quick):
+    all_four = configs(quick)
+    assert {name: c.model.num_gaussians for name, c in all_four.items()} == {"k64": 64, "k8": 8, "k1": 1, "vanilla": 1}
+    for name, c in all_four.items():
+        assert c.model.num_layers == 5 and c.transition_ratio == 0.9 and c.transition_weight == 1
+        assert (c.loss, c.model.constant_logstd) == (("l2", 0.0) if name == "vanilla" else ("transition", None))
+    assert len({(c.steps, c.batch_size, c.lr) for c in all_four.values()}) == 1
+
+
+def test_rows_without_diffusers_keep_euler():
+    assert [r.solver for r in rows(False) if r.model == "vanilla"] == [EULER]
+    assert [r.solver for r in rows(True) if r.model == "vanilla"] == [EULER, *SCHEDULERS]
+
+
+# ---- the ablation ------------------------------------------------------------------------------
+
+def test_ablation_uses_the_previous_mean_as_it_was(rng):
+    """The second step's posterior against the formula, with and without re-anchoring; the first step is the same."""
+    prior = GaussianMixture.from_logits(
+        torch.randn(5, 4, 2, generator=rng), torch.randn(5, 4, 1, generator=rng), torch.full((5, 1, 1), -1.0)
+    )
+    start = torch.randn(5, 2, generator=rng)
+
+    def denoiser(x, sigma):  # a network that errs more at high noise, or there would be nothing to correct
+        moved = GaussianMixture(prior.means * (1 + sigma), prior.log_weights, prior.log_std)
+        q = reanchor(moved, start, 0.9, x, sigma)
+        return unguided(GaussianMixture(q.means, q.log_weights, q.log_std))
+
+    steps = {}
+    for name, d in (("plain", denoiser), ("ablated", without_reanchoring(denoiser))):
+        seen = steps.setdefault(name, [])
+        sample_gm_ode(d, start, torch.tensor([0.9, 0.5, 0.2]), order=2, substeps=3, callback=seen.append)
+    (p0, p1), (a0, a1) = steps["plain"], steps["ablated"]
+    torch.testing.assert_close(a0.posterior.mean(), p0.posterior.mean())
+    torch.testing.assert_close(a1.x, p1.x)
+    before = {"plain": reanchor(p0.posterior, start, 0.9, p1.x, 0.5).mean(), "ablated": a0.posterior.mean()}
+    for name, info in (("plain", p1), ("ablated", a1)):
+        g = info.guided
+        trust = (1 - g.anchor.var * SecondOrder().c_a / 0.4**2).clamp(min=0).sqrt() * (0.3 / 0.8)
+        target = biased_target(g.anchor, (g.anchor.mean - before[name]) * trust)
+        torch.testing.assert_close(info.posterior.mean(), tilt_toward(g.base, g.anchor, target).mean(), atol=1e-4, rtol=1e-4)
+    assert (p1.posterior.mean() - a1.posterior.mean()).abs().max() > 0.01
+
+
+# ---- baselines ---------------------------------------------------------------------------------
+
+def test_euler_is_written_out(model, rng):
+    x = torch.randn(7, 2, generator=rng)
+    with torch.no_grad():
+        got, s = sample_euler(GMDenoiser(model), x, 4), flow_sigmas(4).tolist()
+        for a, b in zip(s, s[1:]):
+            x = x + mean_velocity(model, x, a) * (b - a)
+    assert torch.allclose(got, x, atol=1e-3)  # sin-cos features of short periods enlarge rounding
+
+
+def test_euler_is_diffusers(model, rng):
+    diffusers = pytest.importorskip("diffusers")
+    x = torch.randn(7, 2, generator=rng)
+    solver = diffusers.FlowMatchEulerDiscreteScheduler()
+    with torch.no_grad():
+        got = sample_euler(GMDenoiser(model), x, 8)
+        solver.set_timesteps(sigmas=flow_sigmas(8)[:-1].tolist())
+        for sigma, t in zip(solver.sigmas.tolist(), solver.timesteps):
+            x = solver.step(mean_velocity(model, x, sigma), t, x).prev_sample
+    assert torch.allclose(got, x, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 32])
+def test_schedulers_reach_a_single_point(name, steps, rng):
+    pytest.importorskip("diffusers")
+    got = sample_scheduler(Blob(0.0), torch.randn(6, 2, generator=rng), steps, name, rng)
+    assert torch.allclose(got, Blob.centre.expand(6, 2), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_one_step_of_every_scheduler_is_euler(name, rng):
+    """From 0.999 or so instead of 1, so nearly."""
+    pytest.importorskip("diffusers")
+    x, model = torch.randn(6, 2, generator=rng), Blob(0.7)
+    got = sample_scheduler(model, x, 1, name, rng)
+    assert torch.allclose(got, sample_euler(GMDenoiser(model), x, 1), atol=0.01)
+
+
+@pytest.mark.parametrize("name", [EULER, *SCHEDULERS])
+def test_many_steps_reach_the_data(name, rng):
+    """200 steps from noise end in N(centre, 0.7^2 I)."""
+    if name in SCHEDULERS:
+        pytest.importorskip("diffusers")
+    x, model = torch.randn(20_000, 2, generator=rng), Blob(0.7)
+    with torch.no_grad():
+        got = sample_scheduler(model, x, 200, name, rng) if name in SCHEDULERS else sample_euler(GMDenoiser(model), x, 200)
+    assert torch.allclose(got.mean(0), Blob.centre, atol=0.02)
+    assert torch.allclose(got.std(0), torch.tensor(0.7), atol=0.015)
+
+
+def test_sde_schedulers_repeat_their_noise(model):
+    pytest.importorskip("diffusers")
+    x = torch.randn(6, 2)
+    with torch.no_grad():
+        a, b, c = (sample_scheduler(model, x, 4, "SDE-DPM++ 2M", torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# ---- pictures and tables -----------------------------------------------------------------------
+
+def colour(image) -> list[float]:
+    """Its mean red, green and blue."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(-1, 3).float().mean(0).tolist()
+
+
+def test_tile_tells_inside_from_outside(rng):
+    true = Checkerboard.load().batch(5000, rng)[0]
+    good, bad = (colour(tile(p, 94)) for p in (true, true + torch.tensor([2.0, 0.0])))
+    assert good[2] > good[0] and bad[0] > bad[2]  # blue, orange
+    assert tile(torch.empty(0, 2), 94).getextrema() == ((232, 255),) * 3  # the faint board alone
+
+
+def test_table_has_a_line_for_every_row():
+    row = {"outside": 0.25, "kl": 0.5, "wasserstein": 0.0123, "spread": 1.0, "uneven": float("nan")}
+    result = {"true_samples": row, "rows": [{"model": "k8", "solver": "GM-ODE 2", "steps": n, **row} for n in STEPS]}
+    text = markdown(result)
+    assert text.count("| GMFlow K=8, GM-ODE 2 |") == 5
+    assert "| 25.0 % |" in text and "| 0.012 |" in text and "| - |" in text
+
+
+# ---- from end to end ---------------------------------------------------------------------------
+
+def tiny() -> dict:
+    def shrink(c):
+        return replace(c, steps=4, batch_size=16, save_every=2, log_every=2, model=replace(c.model, width=16, num_layers=2))
+    return {name: shrink(c) for name, c in configs(True).items()}
+
+
+def test_a_tiny_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "STEPS", (1, 2))
+    result = run(tiny(), tmp_path, 64, CPU)
+    table = rows(baselines.has_diffusers())
+    assert len(result["rows"]) == 2 * len(table)
+    assert {p.name for p in tmp_path.iterdir()} == {"k1", "k8", "k64", "vanilla", "figures.json", "table.md", "figure2.png", "figure3.png"}
+    stored = json.loads((tmp_path / "figures.json").read_text())
+    assert stored["points"] == 64 and stored["steps"]["k64"] == 4 and bool(stored["left_out"]) == (not baselines.has_diffusers())
+    assert ABLATION in (tmp_path / "table.md").read_text()
+    for row in result["rows"]:
+        assert 0 <= row["outside"] <= 1 and row["kl"] > 0 and row["wasserstein"] > 0
+    again = run(tiny(), tmp_path, 64, CPU)  # finished trainings are reused, samples are the same
+    same = [{k: v for k, v in r.items() if v == v} for r in again["rows"]] == [{k: v for k, v in r.items() if v == v} for r in result["rows"]]
+    assert same and {k: again["seconds"][k] for k in tiny()} == {k: result["seconds"][k] for k in tiny()}
+
+
+def test_without_diffusers_the_run_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "STEPS", (1,))
+    monkeypatch.setattr(reproduce, "has_diffusers", lambda: False)
+    result = run(tiny(), tmp_path, 32, CPU)
+    assert result["left_out"] == list(SCHEDULERS)
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_another_configuration_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "configs", lambda quick: tiny())
+    monkeypatch.setattr(reproduce, "STEPS", (1,))
+    assert reproduce.main(["checkerboard", "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    monkeypatch.setattr(reproduce, "configs", lambda quick: {k: replace(c, lr=1e-5) for k, c in tiny().items()})
+    assert reproduce.main(["checkerboard", "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_row_titles():
+    assert Row("k64", "GM-ODE 2").title == "GMFlow K=64, GM-ODE 2"
