@@ -19,6 +19,7 @@ from .trainer import CHECKPOINT, Trainer
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train", description="Train a GMFlow checkpoint.")
     parser.add_argument("--preset", required=True, choices=sorted(PRESETS), help="what to train")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of the data, for presets that need one (sets data_path)")
     parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[],
                         help="change one setting, e.g. steps=500 or model.num_layers=4; may be repeated")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/PRESET)")
@@ -64,7 +65,8 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        config = override(PRESETS[args.preset], args.settings)
+        data = [f"data_path={args.data}"] if args.data else []
+        config = override(PRESETS[args.preset], data + args.settings)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if args.dry_run:
             dry_run(config, device)

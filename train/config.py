@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
+
+
+DATASETS = ("digits", "checkerboard", "imagefolder")
+
+# A run may go on with other values of these: they say where and how fast, not what is learnt.
+FREE = ("data_path", "workers", "log_every", "sample_every", "save_every")
+PATHS = ("data_path",)  # settings that are text even if they look like a number
 
 
 @dataclass(frozen=True)
@@ -15,9 +22,14 @@ class TrainConfig:
     The defaults of the objective and optimizer are the published image recipe.
     """
 
-    data: str                                # a name in train.data.DATASETS
+    data: str                                # one of DATASETS
     model: GMDiTConfig | GMMLPConfig
     spectrum: SpectrumConfig | None = None   # trained beside the model when given
+    # data from files
+    data_path: str | None = None             # the folder
+    classes: str = "model"                   # or "data": model.num_classes becomes what the data has
+    flip: bool = True                        # mirror images at random (digits never are)
+    workers: int = 2                         # threads that decode images
     # objective
     loss: str = "transition"                 # or "l2": vanilla flow matching, needs K = 1 and a constant log_std
     transition_ratio: float = 0.5
@@ -48,11 +60,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        _one_of(self, "data", DATASETS)
+        _one_of(self, "classes", ("model", "data"))
         _one_of(self, "loss", ("transition", "l2"))
         _one_of(self, "time_distribution", ("logit-normal", "uniform"))
         _one_of(self, "lr_decay", ("constant", "cosine"))
         _one_of(self, "precision", ("bf16", "float32"))
-        for name in ("steps", "batch_size", "log_every", "sample_every", "save_every"):
+        for name in ("steps", "batch_size", "workers", "log_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("warmup", "clip_from", "weight_decay", "spectral_weight"):
@@ -66,10 +80,26 @@ class TrainConfig:
             raise ValueError(f"lr must be > 0, got {self.lr}")
         if self.loss == "l2" and (self.model.num_gaussians != 1 or self.model.constant_logstd is None):
             raise ValueError("loss l2 needs model.num_gaussians=1 and a model.constant_logstd")
+        if self.spectrum is not None:
+            _check_spectrum(self.spectrum, self.model)
 
     def to_dict(self) -> dict:
         """Plain JSON types, as stored in checkpoints and compared on resume."""
         return json.loads(json.dumps(asdict(self)))
+
+
+def changes(before: dict, after: dict) -> list[str]:
+    """In words, where two configurations (dicts) differ that must be the same throughout a run."""
+    free = FREE + (("steps",) if before["lr_decay"] == after["lr_decay"] == "constant" else ())
+    return [f"{k}: {before.get(k)} there, {after[k]} asked for" for k in after if before.get(k) != after[k] and k not in free]
+
+
+def _check_spectrum(spectrum: SpectrumConfig, model: GMDiTConfig | GMMLPConfig) -> None:
+    if not isinstance(model, GMDiTConfig):
+        raise ValueError("a spectrum is for images: --set spectrum=null")
+    sample = (model.in_channels, model.sample_size, model.sample_size)
+    if spectrum.base_size != sample:
+        raise ValueError(f"spectrum.base_size {list(spectrum.base_size)} must be the model's sample {list(sample)}")
 
 
 def _one_of(config: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:
@@ -94,6 +124,13 @@ _DIGITS = TrainConfig(
     weight_decay=0.01, ema_decay=0.999,
 )
 
+_IMAGES = TrainConfig(  # DiT-S on small pictures of your own
+    data="imagefolder", classes="data",
+    model=GMDiTConfig(in_channels=3, sample_size=64, patch_size=4, num_layers=12, num_heads=6, head_dim=64, logstd_width=384),
+    spectrum=SpectrumConfig(base_size=(3, 64, 64), layers=(64, 8)),
+    steps=100_000, batch_size=128, lr=2e-4,
+)
+
 _CHECKERBOARD = TrainConfig(
     data="checkerboard",
     model=GMMLPConfig(num_gaussians=64),
@@ -108,11 +145,18 @@ PRESETS: dict[str, TrainConfig] = {
         _DIGITS, loss="l2", spectrum=None, model=replace(_DIGITS_NET, num_gaussians=1, constant_logstd=0.0)
     ),
     "checkerboard": _CHECKERBOARD,
+    "images64": _IMAGES,
 }
 
 
 def override(config: TrainConfig, settings: list[str]) -> TrainConfig:
-    """Apply ``key=value`` settings; ``model.key=value`` reaches into the model. Values are JSON or plain text."""
+    """Apply ``key=value`` settings; ``model.key=value`` reaches into the model. Values are JSON or plain text.
+
+    They are checked together at the end: a model and its spectrum may change size at once.
+    ``model.num_classes=N`` fixes the number of classes where a preset leaves it to the data.
+    """
+    parts = {f.name: getattr(config, f.name) for f in fields(config)}
+    values = {name: vars(part).copy() if is_dataclass(part) else part for name, part in parts.items()}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -121,24 +165,27 @@ def override(config: TrainConfig, settings: list[str]) -> TrainConfig:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        config = _set(config, key, value, setting)
-    return config
+        _set(values, key, text if key in PATHS and value is not None else value, setting)
+        if key == "model.num_classes":
+            values["classes"] = "model"
+    return TrainConfig(**{k: type(parts[k])(**v) if isinstance(v, dict) else v for k, v in values.items()})
 
 
-def _set(config, key: str, value, setting: str):
+def _set(values: dict, key: str, value, setting: str) -> None:
     head, _, rest = key.partition(".")
-    names = [f.name for f in fields(config)]
-    if head not in names:
-        raise ValueError(f"--set {setting}: no field {head!r}; there are {', '.join(names)}")
-    current = getattr(config, head)
+    if head not in values:
+        raise ValueError(f"--set {setting}: no field {head!r}; there are {', '.join(values)}")
+    current = values[head]
     if rest:
-        if not hasattr(current, "__dataclass_fields__"):
+        if not isinstance(current, dict):
             raise ValueError(f"--set {setting}: {head} has no fields of its own")
-        value = _set(current, rest, value, setting)
-    elif isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        return _set(current, rest, value, setting)
+    if isinstance(current, dict) and not (head == "spectrum" and value is None):
+        raise ValueError(f"--set {setting}: set a field of {head}: {', '.join(f'{head}.{name}' for name in current)}")
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     elif isinstance(current, tuple) and isinstance(value, list):
         value = tuple(value)
-    elif current is not None and type(value) is not type(current):
+    elif not isinstance(current, dict) and current is not None and type(value) is not type(current):
         raise ValueError(f"--set {setting}: {head} takes a {type(current).__name__}, got {value!r}")
-    return replace(config, **{head: value})
+    values[head] = value

@@ -6,25 +6,34 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gmflow_core import GMDenoiser, flow_sigmas, sample_gm_ode
 from gmflow_core.pictures import image_grid, scatter
 from gmflow_core.schedule import default_substeps
 
 STEPS = 8
+CLASSES = 10  # at most so many rows
 
 
 @torch.no_grad()
 def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8) -> None:
-    """GM-ODE samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points."""
+    """GM-ODE samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points.
+
+    Of many classes ten are shown; of latents the first three channels.
+    """
     model, generator = nets["model"], torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     flat = len(data.shape) == 1
-    labels = None if flat else torch.arange(model.config.num_classes).repeat_interleave(per_class).to(device)
+    labels = None if flat else shown_classes(model.config.num_classes).repeat_interleave(per_class).to(device)
     count = 4096 if flat else len(labels)
     x = torch.randn((count, *data.shape), generator=generator).to(device)
     denoiser = GMDenoiser(model, labels)
     x = sample_gm_ode(denoiser, x, flow_sigmas(STEPS), substeps=default_substeps(STEPS)).cpu()
     picture = scatter(x, 4.5) if flat else image_grid(x, per_class, scale=math.ceil(32 / x.shape[-1]))
     picture.save(path)
+
+
+def shown_classes(count: int) -> Tensor:
+    """All classes, or ten of them evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, CLASSES)).round().long()

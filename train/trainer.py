@@ -17,8 +17,9 @@ from gmflow_core.model.layers import explicit_attention, sdpa
 from gmflow_core.path import add_noise
 from gmflow_core.schedule import training_sigmas
 
-from .config import TrainConfig
-from .data import DATASETS
+from .config import PATHS, TrainConfig, changes
+from .images import say
+from .sources import open_data
 
 STATE = "state.pt"
 CHECKPOINT = "checkpoint.safetensors"
@@ -109,8 +110,9 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, folder: Path | None, device: torch.device):
-        self.config, self.folder, self.device = config, folder, device
-        self.data = DATASETS[config.data].load()
+        self.folder, self.device = folder, device
+        self.data, config = open_data(config)
+        self.config = config
         self.nets, self.ema = build(config, device), build(config, device).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.nets, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
@@ -156,7 +158,7 @@ class Trainer:
     def save(self) -> None:
         """Write both files, each atomically: a killed save leaves the previous one."""
         state = {
-            "config": self.config.to_dict(), "step": self.step,
+            "config": self.config.to_dict(), "data": self._data(), "step": self.step,
             "seconds": self.seconds, "smooth_loss": self.smooth_loss, "history": self.history,
             "nets": self.nets.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
         }
@@ -179,15 +181,25 @@ class Trainer:
         return {
             "step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1),
             "device": self.device.type, "torch": torch.__version__, "log": self.history,
-            "config": {k: v for k, v in config.items() if k not in ("model", "spectrum")},
+            "config": {k: v for k, v in config.items() if k not in ("model", "spectrum", *PATHS)},
         }
+
+    def _data(self) -> dict:
+        """What must be the same when a run goes on, beside the configuration; plain values."""
+        names = self.data.class_names
+        return {"classes": names and list(names), "samples": len(self.data)}
 
     def _resume(self) -> None:
         state = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
-        mine = self.config.to_dict()
-        changed = [f"{k}: {state['config'].get(k)} there, {mine[k]} asked for" for k in mine if state["config"].get(k) != mine[k]]
+        changed = changes(state["config"], self.config.to_dict())
         if changed:
             raise ValueError(f"{self.folder} holds a run of another configuration ({'; '.join(changed)}); choose another --out")
+        before, now = state["data"], self._data()
+        if before["classes"] != now["classes"]:
+            raise ValueError(f"{self.folder} holds a run of other classes ({before['classes']} there, {now['classes']} in the "
+                             "data now); choose another --out")
+        if before["samples"] != now["samples"]:
+            say(f"the data has {now['samples']} samples now, {before['samples']} when the run was saved; going on with them")
         self.nets.load_state_dict(state["nets"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

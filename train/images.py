@@ -1,0 +1,176 @@
+"""A folder of images, one subfolder a class, as training data. Pillow decodes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from gmflow_core.checkpoint import LatentSpace
+
+from .data import Dataset
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
+CACHE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of a folder: paths, the class of each, and the names of the classes, sorted."""
+
+    folder: Path
+    paths: list[Path]
+    labels: Tensor            # (N,) int64
+    classes: tuple[str, ...]
+
+
+def find_images(folder: str | Path | None) -> ImageList:
+    """Images in the subfolders of a folder, at any depth; images beside no subfolder are one class of the folder's name.
+
+    ValueError if there is no folder, or no image in it.
+    """
+    if folder is None:
+        raise ValueError("no folder of images was given: --data FOLDER, with a subfolder for each class")
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder}: {what}; the data must be a folder with a subfolder of images for each class")
+    loose = sorted(p for p in folder.iterdir() if _is_image(p))
+    classes = {p.name: images_below(p) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    empty = [name for name, found in classes.items() if not found]
+    classes = {name: found for name, found in classes.items() if found}
+    if classes and loose:
+        say(f"{folder}: {len(loose)} images that lie beside the class folders are not used")
+    if classes and empty:
+        say(f"{folder}: folders without images are no classes: {', '.join(empty[:8])}{' ...' if len(empty) > 8 else ''}")
+    if not classes and loose:
+        classes = {folder.resolve().name: loose}
+    if not classes:
+        raise ValueError(f"{folder}: no images in it; expected {folder / 'CLASS' / 'NAME.png'} ({', '.join(SUFFIXES)})")
+    counts = torch.tensor([len(found) for found in classes.values()])
+    return ImageList(
+        folder, [path for found in classes.values() for path in found],
+        torch.arange(len(counts)).repeat_interleave(counts), tuple(classes),
+    )
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and its subfolders, sorted; names that begin with a dot are left out."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for path in (Path(root, name) for name in names) if _is_image(path)]
+    return sorted(found)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def decode(path: Path, size: int, channels: int = 3) -> Tensor:
+    """An image file, upright, its centre square at a size, as ADM and DiT cut it: (C,size,size) uint8.
+
+    Halved by boxes while at least twice too large, then bicubic to the shorter side, then the centre.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # Pillow would cut off what lies above 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = ImageOps.exif_transpose(image).convert(MODES[channels])
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolder(Dataset):
+    """The images of a folder, RGB (or grey) in [-1, 1], mirrored at random.
+
+    A set smaller than ``CACHE_BYTES`` is kept in memory once decoded. An image that cannot be read is
+    reported once; the next readable one takes its place, so that batches stay the same from run to run.
+    """
+
+    images: ImageList
+    shape: tuple[int, int, int]                    # (C,S,S)
+    flip: bool = True
+    workers: int = 2
+    broken: set[int] = field(default_factory=set)
+    cache: dict[int, Tensor] | None = None         # decoded images by index, where they all fit
+
+    latent_space = LatentSpace("rgb")
+
+    @classmethod
+    def load(cls, folder: str | Path | None, channels: int, size: int, flip: bool = True, workers: int = 2) -> ImageFolder:
+        if channels not in MODES:
+            raise ValueError(f"images have 1 or 3 channels, the model has in_channels={channels}; for latents set data=latents")
+        images = find_images(folder)
+        small = len(images.paths) * channels * size * size < CACHE_BYTES
+        return cls(images, (channels, size, size), flip, workers, cache={} if small else None)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.images.classes
+
+    def __len__(self) -> int:
+        return len(self.images.paths)
+
+    def draw(self, size: int, generator: Generator) -> Tensor:
+        """[index, mirrored] of each sample: (B,2)."""
+        index = torch.randint(len(self), (size,), generator=generator)
+        mirrored = torch.randint(2, (size,), generator=generator) * self.flip
+        return torch.stack([index, mirrored], dim=1)
+
+    def fetch(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        index, mirrored = choice.unbind(1)
+        with ThreadPoolExecutor(self.workers) as pool:
+            found = list(pool.map(self.read, index.tolist()))
+        pixels = torch.stack([pixels for pixels, _ in found])
+        pixels = torch.where(mirrored.bool()[:, None, None, None], pixels.flip(-1), pixels)
+        return to_unit(pixels), self.images.labels[torch.tensor([used for _, used in found])]
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """The first readable image from an index on, and its index."""
+        for i in range(index, index + len(self)):
+            i %= len(self)
+            if i in self.broken:
+                continue
+            try:
+                return self.pixels(i), i
+            except Exception as error:  # a damaged file may raise anything: Pillow lists nothing
+                if i not in self.broken:
+                    self.broken.add(i)
+                    say(f"{self.images.paths[i]}: cannot be read, left out ({type(error).__name__}: {error})")
+        raise ValueError(f"{self.images.folder}: none of its {len(self)} images can be read")
+
+    def pixels(self, index: int) -> Tensor:
+        """One image (C,S,S) uint8, from memory if it is there."""
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        pixels = decode(self.images.paths[index], self.shape[1], self.shape[0])
+        if self.cache is not None:
+            self.cache[index] = pixels
+        return pixels
+
+
+def say(text: str) -> None:
+    """A line to stderr that leaves a progress bar whole."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
