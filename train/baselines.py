@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from gmflow_core import Guided, flow_sigmas, sample_gm_ode
+from gmflow_core import flow_sigmas, sample_gm_ode
 from gmflow_core.denoiser import Denoiser
 from gmflow_core.mixture import GaussianFactor, GaussianMixture
+from gmflow_core.solver import SecondOrder, SolverHistory, correct
 
 EULER = "Euler (DDIM)"
 SCHEDULERS = {  # name -> class in diffusers and its settings
@@ -68,20 +69,22 @@ def sample_euler(denoiser: Denoiser, x: Tensor, steps: int) -> Tensor:
 # ---- the ablation ------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
-class Unmoved(GaussianMixture):
-    """A posterior whose mean does not move when it is re-anchored as the previous step's."""
+class Still:
+    """A previous posterior whose mean stays what it was when it is re-anchored to the current (x, sigma)."""
+
+    posterior: GaussianMixture
 
     def tilted_mean(self, factor: GaussianFactor) -> Tensor:
-        return self.mean()
+        return self.posterior.mean()
 
 
-def without_reanchoring(denoiser: Denoiser) -> Denoiser:
-    """The ablation of the second order: m_prev is the previous posterior's mean as it was, instead of its mean
-    re-anchored to the current (x, sigma). Nothing else changes: substeps re-anchor as before."""
-
-    def ablated(x: Tensor, sigma: float) -> Guided:
-        guided = denoiser(x, sigma)
-        p = guided.posterior
-        return replace(guided, posterior=Unmoved(p.means, p.log_weights, p.log_std))
-
-    return ablated
+def sample_without_reanchoring(denoiser: Denoiser, x: Tensor, sigmas: Tensor, substeps: int) -> Tensor:
+    """GM-ODE 2 with the previous posterior's mean as it was for m_prev. Nothing else changes: substeps re-anchor as ever."""
+    history = None
+    for sigma, sigma_next in zip(sigmas.tolist(), sigmas[1:].tolist()):
+        guided, step = denoiser(x, sigma), sigma - sigma_next
+        posterior, _ = correct(guided, x, sigma, step, history, SecondOrder())
+        history = SolverHistory(Still(guided.posterior), x, sigma, step)
+        corrected = replace(guided, posterior=posterior)
+        x = sample_gm_ode(lambda x, sigma: corrected, x, torch.tensor([sigma, sigma_next]), order=1, substeps=substeps)
+    return x
