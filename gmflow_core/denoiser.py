@@ -83,9 +83,9 @@ class GMDenoiser:
             return unguided(velocity_to_posterior(self.velocity(x, sigma, labels), x, sigma))
         null = torch.full_like(labels, self.num_classes)
         both = self.velocity(torch.cat([x, x]), sigma, torch.cat([labels, null]))
-        posterior = velocity_to_posterior(both, torch.cat([x, x]), sigma)
         n = x.shape[0]
-        cond, uncond = posterior.map(lambda t: t[:n]), posterior.map(lambda t: t[n:])
+        halves = both.map(lambda t: t[:n]), both.map(lambda t: t[n:])
+        cond, uncond = (velocity_to_posterior(velocity, x, sigma) for velocity in halves)
         if self.method == "cfg":
             return guide_cfg(cond, uncond, self.guidance)
         return guide_probabilistic(cond, uncond, self.guidance, self.orthogonal)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import Gaussian, GaussianMixture, space_axes
+from .mixture import Gaussian, GaussianFactor, GaussianMixture, space_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,9 @@ def biased_target(anchor: Gaussian, bias: Tensor) -> Gaussian:
 
 def tilt_toward(base: GaussianMixture, anchor: Gaussian, target: Gaussian) -> GaussianMixture:
     """Tilt ``base`` by target / anchor: were base its anchor, it would become the target."""
-    return base.tilt(target.factor() - anchor.factor())
+    precision, undo = target.var.reciprocal(), anchor.var.reciprocal()
+    shift = torch.addcmul(target.mean * precision, anchor.mean, undo, value=-1)
+    return base.tilt(GaussianFactor(precision - undo, shift))
 
 
 def guidance_bias(cond: Gaussian, uncond_mean: Tensor, scale: float, orthogonal: float = 1.0) -> Tensor:
@@ -75,7 +77,7 @@ def guidance_bias(cond: Gaussian, uncond_mean: Tensor, scale: float, orthogonal:
     d = cond.mean - uncond_mean
     if orthogonal:
         along = (d * cond.mean).sum(axes, keepdim=True) / cond.mean.square().sum(axes, keepdim=True)
-        d = d - orthogonal * torch.nan_to_num(along, posinf=0, neginf=0) * cond.mean
+        d = torch.addcmul(d, torch.nan_to_num(along, posinf=0, neginf=0), cond.mean, value=-orthogonal)
     strength = (cond.var / mean_square(d)).sqrt()
     return d * torch.nan_to_num(scale * strength, posinf=0)
 

@@ -7,6 +7,7 @@ Shapes: B batch, K components, C channels, ``*S`` space (any number of axes, (H,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
 
-# Up to this many channels an inner product runs as that many fused multiply-adds, which read the
-# means once and allocate nothing of their size; past it, one broadcast product is cheaper.
+# Sums over C, and over up to this many components, are that many fused multiply-adds: nothing of the
+# size of the means is allocated. Past it, one broadcast product takes fewer calls.
 _UNROLL = 16
 
 
 def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
     """Shape a number or a (B,) tensor so that it broadcasts over ``like`` (B, ...)."""
+    if isinstance(value, (int, float)):
+        return like.new_full((), value)
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return value.reshape(value.shape[:1] + (1,) * (like.ndim - 1)) if value.ndim else value
 
@@ -29,6 +32,15 @@ def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
 def space_axes(x: Tensor, leading: int) -> tuple[int, ...]:
     """The axes of ``x`` behind its ``leading`` ones: its space."""
     return tuple(range(leading, x.ndim))
+
+
+class kept(cached_property):
+    """A property computed when first read and kept, unless the gradient that its mixture needs is switched off."""
+
+    def __get__(self, mixture, owner=None):
+        if mixture is None or torch.is_grad_enabled() or not mixture._needs_grad:
+            return super().__get__(mixture, owner)
+        return self.func(mixture)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,29 +116,41 @@ class GaussianMixture:
     def channels(self) -> int:
         return self.means.shape[2]
 
+    @property
+    def _needs_grad(self) -> bool:
+        return self.means.requires_grad or self.log_weights.requires_grad or self.log_std.requires_grad
+
     def map(self, f) -> GaussianMixture:
         """Apply ``f`` to the three tensors: a dtype, a device, a slice of the batch."""
         return GaussianMixture(f(self.means), f(self.log_weights), f(self.log_std))
 
     # ---- moments -------------------------------------------------------------------------------
 
-    @cached_property
+    @kept
     def weights(self) -> Tensor:
         return self.log_weights.exp()                                           # (B,K,1,*S)
 
-    @cached_property
+    @kept
     def var(self) -> Tensor:
         """v = exp(2 log_std), shaped for (B,C,*S) tensors."""
         return (2 * self.log_std).exp().squeeze(1)                              # (B,1,*1)
 
-    @cached_property
+    @kept
     def _half_norms(self) -> Tensor:
         """-|mean_k|^2 / 2, kept because every substep of a solver asks for it."""
-        return -0.5 * _inner(self.means, self.means)                            # (B,K,1,*S)
+        return _sum_of_squares(self._by_channel).mul_(-0.5)                     # (B,K,*S)
 
-    @cached_property
+    @kept
+    def _by_channel(self) -> tuple[Tensor, ...]:
+        return self.means.unbind(2)                                             # C of (B,K,*S)
+
+    @kept
+    def _by_component(self) -> tuple[Tensor, ...]:
+        return self.means.unbind(1)                                             # K of (B,C,*S)
+
+    @kept
     def _mean(self) -> Tensor:
-        return _weighted_sum(self.weights, self.means)
+        return self._weighted_sum(self.weights)
 
     def mean(self) -> Tensor:
         """m = sum_k w_k mean_k, shape (B,C,*S)."""
@@ -135,8 +159,9 @@ class GaussianMixture:
     def moments(self) -> Gaussian:
         r"""The isotropic Gaussian of equal mean and total variance at each pixel:
         var = sum_k w_k |mean_k - m|^2 / C + v, shape (B,1,*S)."""
-        offsets = self.means - self.mean().unsqueeze(1)                         # (B,K,C,*S)
-        between = (self.weights * _inner(offsets, offsets)).sum(1) / self.channels
+        offsets = (mean_c - m_c for mean_c, m_c in zip(self._by_channel, self.mean().unsqueeze(1).unbind(2)))
+        distances = _sum_of_squares(offsets)                                    # (B,K,*S)
+        between = (self.weights.squeeze(2) * distances).sum(1, keepdim=True) / self.channels
         return Gaussian(self.mean(), between + self.var)
 
     def covariance(self) -> Tensor:
@@ -150,8 +175,10 @@ class GaussianMixture:
 
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log N(x; mean_k, v I) of x (B,C,*S) for every component, shape (B,K,1,*S)."""
-        offsets = (x.unsqueeze(1) - self.means) * (-self.log_std).exp()         # in units of the std
-        return -0.5 * (_inner(offsets, offsets) + self.channels * (LOG_2PI + 2 * self.log_std))
+        per_std = (-self.log_std).exp().squeeze(1)                              # (B,1,*1)
+        offsets = ((x_c - mean_c) * per_std for mean_c, x_c in zip(self._by_channel, x.unsqueeze(1).unbind(2)))
+        distances = _sum_of_squares(offsets).unsqueeze(2)                       # (B,K,1,*S), in stds
+        return -0.5 * (distances + self.channels * (LOG_2PI + 2 * self.log_std))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log sum_k w_k N(x; mean_k, v I) of x (B,C,*S), shape (B,*S): summed over C, per pixel."""
@@ -172,33 +199,39 @@ class GaussianMixture:
 
     # ---- the one operation ---------------------------------------------------------------------
 
-    def tilt(self, factor: GaussianFactor) -> GaussianMixture:
-        r"""Multiply by exp(h.x - lambda |x|^2 / 2) and renormalise.
+    def tilt(self, factor: GaussianFactor) -> TiltedMixture:
+        """Multiply by exp(h.x - lambda |x|^2 / 2) and renormalise: see :class:`TiltedMixture`.
 
-            mean_k <- (mean_k + v h) / (1 + lambda v)
-            v      <- v / (1 + lambda v)
-            log w_k <- log w_k + (h.mean_k - lambda |mean_k|^2 / 2) / (1 + lambda v), renormalised
-
-        Needs 1 + lambda v > 0. The variance is one number per sample, so lambda must be (B,1,*1).
+        The variance is one number per sample, so lambda must be (B,1,*1).
         """
-        if any(n != 1 for n in factor.precision.shape[2:]):
+        if factor.precision.shape[2:].numel() != 1:
             raise ValueError("tilt needs one precision per sample (B,1,*1); tilted_mean takes one per pixel")
-        shrink = (1 + factor.precision * self.var).reciprocal()                 # (B,1,*1)
-        offset = (self.var * shrink) * factor.shift                             # (B,C,*S)
-        means = torch.addcmul(offset.unsqueeze(1), self.means, shrink.unsqueeze(1))
-        log_std = self.log_std + 0.5 * shrink.log().unsqueeze(1)
-        return GaussianMixture(means, self._tilted_logits(factor, shrink).log_softmax(dim=1), log_std)
+        return TiltedMixture(self, factor)
 
     def tilted_mean(self, factor: GaussianFactor) -> Tensor:
-        """``tilt(factor).mean()`` without the tilted means: one inner product and one weighted sum of the given ones."""
-        shrink = (1 + factor.precision * self.var).reciprocal()                 # (B,1,*1|*S)
-        weights = self._tilted_logits(factor, shrink).softmax(dim=1)            # (B,K,1,*S)
-        return torch.addcmul(_weighted_sum(weights, self.means), self.var, factor.shift) * shrink
+        """``tilt(factor).mean()``, where lambda may also be (B,1,*S)."""
+        return TiltedMixture(self, factor).mean()
 
-    def _tilted_logits(self, factor: GaussianFactor, shrink: Tensor) -> Tensor:
-        precision, shift = factor.precision * shrink, factor.shift * shrink     # (B,1,*1|*S), (B,C,*S)
-        logits = torch.addcmul(self.log_weights, precision.unsqueeze(1), self._half_norms)
-        return _inner(self.means, shift.unsqueeze(1), logits)
+    def _tilted_logits(self, precision: Tensor, shift: Tensor) -> Tensor:
+        """log w_k + h.mean_k - lambda |mean_k|^2 / 2, (B,K,*S), where both have been divided by 1 + lambda v."""
+        logits = torch.addcmul(self.log_weights.squeeze(2), precision, self._half_norms)
+        for mean_c, shift_c in zip(self._by_channel, shift.unsqueeze(1).unbind(2)):
+            logits.addcmul_(mean_c, shift_c)
+        return logits
+
+    def _weighted_sum(self, weights: Tensor) -> Tensor:
+        """sum_k w_k mean_k with weights (B,K,1,*S), shape (B,C,*S)."""
+        if self.components > _UNROLL:
+            return (weights * self.means).sum(1)
+        (w_0, *w_rest), (mean_0, *mean_rest) = weights.unbind(1), self._by_component
+        total = w_0 * mean_0
+        for w_k, mean_k in zip(w_rest, mean_rest):
+            total.addcmul_(w_k, mean_k)
+        return total
+
+    def _tilted_mean(self, weights: Tensor, shrink: Tensor, shift: Tensor) -> Tensor:
+        """The mean with the tilted weights (B,K,1,*S); ``shift`` has been divided by 1 + lambda v."""
+        return self._weighted_sum(weights).mul_(shrink).addcmul_(self.var, shift)
 
     def temperature(self, t: float) -> GaussianMixture:
         r"""Sharpen (t < 1) or flatten (t > 1): log w <- log w / t renormalised, v <- t v.
@@ -212,18 +245,77 @@ class GaussianMixture:
         return GaussianMixture.from_logits(self.means, self.log_weights / t, self.log_std + 0.5 * math.log(t))
 
 
-def _inner(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
-    """start + sum_c a_c b_c over the channel axis of (B,K|1,C,*S) tensors, shape (B,K,1,*S). ``start`` is overwritten."""
-    if a.shape[2] > _UNROLL:
-        total = (a * b).sum(2, keepdim=True)
-        return total if start is None else start + total
-    (a_0, *a_rest), (b_0, *b_rest) = a.unbind(2), b.unbind(2)
-    total = a_0 * b_0 if start is None else start.squeeze(2).addcmul_(a_0, b_0)
-    for a_c, b_c in zip(a_rest, b_rest):
-        total.addcmul_(a_c, b_c)
-    return total.unsqueeze(2)
+class TiltedMixture(GaussianMixture):
+    r"""``base`` times ``factor``, renormalised; each tensor is computed when it is first read.
+
+        mean_k <- (mean_k + v h) / (1 + lambda v)
+        v      <- v / (1 + lambda v)
+        log w_k <- log w_k + (h.mean_k - lambda |mean_k|^2 / 2) / (1 + lambda v), renormalised
+
+    What is read needs 1 + lambda v > 0. Tilts add, so ``base`` is never tilted itself; the mean
+    takes one inner product and one weighted sum of the base's means, not the tilted ones.
+    """
+
+    def __init__(self, base: GaussianMixture, factor: GaussianFactor):
+        self.__dict__.update(base=base, factor=factor)  # the parent is frozen
+
+    @property
+    def _needs_grad(self) -> bool:
+        factor = self.factor
+        return self.base._needs_grad or factor.precision.requires_grad or factor.shift.requires_grad
+
+    def tilt(self, factor: GaussianFactor) -> TiltedMixture:
+        return self.base.tilt(self.factor + factor)
+
+    def tilted_mean(self, factor: GaussianFactor) -> Tensor:
+        return self.base.tilted_mean(self.factor + factor)
+
+    @property
+    def components(self) -> int:
+        return self.base.components
+
+    @property
+    def channels(self) -> int:
+        return self.base.channels
+
+    @kept
+    def _shrink(self) -> Tensor:
+        return (1 + self.factor.precision * self.base.var).reciprocal()         # (B,1,*1|*S)
+
+    @kept
+    def _shift(self) -> Tensor:
+        return self.factor.shift * self._shrink                                  # (B,C,*S)
+
+    @kept
+    def _logits(self) -> Tensor:
+        """The log weights before they are renormalised."""
+        return self.base._tilted_logits(self.factor.precision * self._shrink, self._shift)     # (B,K,*S)
+
+    @kept
+    def weights(self) -> Tensor:
+        return self._logits.softmax(dim=1).unsqueeze(2)
+
+    @kept
+    def log_weights(self) -> Tensor:
+        return self._logits.log_softmax(dim=1).unsqueeze(2)
+
+    @kept
+    def log_std(self) -> Tensor:
+        return self.base.log_std + 0.5 * self._shrink.log().unsqueeze(1)
+
+    @kept
+    def means(self) -> Tensor:
+        return torch.addcmul((self.base.var * self._shift).unsqueeze(1), self.base.means, self._shrink.unsqueeze(1))
+
+    @kept
+    def _mean(self) -> Tensor:
+        return self.base._tilted_mean(self.weights, self._shrink, self._shift)
 
 
-def _weighted_sum(weights: Tensor, means: Tensor) -> Tensor:
-    """sum_k w_k mean_k of (B,K,1,*S) and (B,K,C,*S), shape (B,C,*S)."""
-    return (weights * means).sum(1)
+def _sum_of_squares(parts: Iterable[Tensor]) -> Tensor:
+    """Over the parts, elementwise."""
+    parts = iter(parts)
+    total = next(parts).square()
+    for part in parts:
+        total.addcmul_(part, part)
+    return total

@@ -7,10 +7,12 @@ Shapes: B batch, K components, C channels, ``*S`` space, ``*1`` ones in its plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .mixture import GaussianFactor, GaussianMixture, per_sample
+from .mixture import GaussianFactor, GaussianMixture, kept, per_sample
 
 
 def add_noise(x_0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
@@ -26,19 +28,48 @@ def forward_transition(x_low: Tensor, noise: Tensor, sigma_low: float | Tensor, 
     return ratio * x_low + (high.square() - (ratio * low).square()).clamp(min=0).sqrt() * noise
 
 
+class _Posterior(GaussianMixture):
+    """x_t - s u of a mixture over u; the means are computed when they are first read, and m without them."""
+
+    def __init__(self, velocity: GaussianMixture, x_t: Tensor, sigma: float | Tensor):
+        self.__dict__.update(_velocity=velocity, _x_t=x_t, _s=per_sample(sigma, velocity.means))  # the parent is frozen
+
+    @property
+    def _needs_grad(self) -> bool:
+        return self._velocity._needs_grad or self._x_t.requires_grad or self._s.requires_grad
+
+    @property
+    def log_weights(self) -> Tensor:
+        return self._velocity.log_weights
+
+    @property
+    def weights(self) -> Tensor:
+        return self._velocity.weights
+
+    @kept
+    def log_std(self) -> Tensor:
+        return self._velocity.log_std + self._s.log()
+
+    @kept
+    def means(self) -> Tensor:
+        return torch.addcmul(self._x_t.unsqueeze(1), self._s, self._velocity.means, value=-1)   # (B,K,C,*S)
+
+    @kept
+    def _mean(self) -> Tensor:
+        return torch.addcmul(self._x_t, per_sample(self._s, self._x_t), self._velocity.mean(), value=-1)
+
+
 def velocity_to_posterior(mixture: GaussianMixture, x_t: Tensor, sigma: float | Tensor) -> GaussianMixture:
     r"""q(x_0 | x_t) from the mixture over u: mean_k <- x_t - s mean_k, log_std <- log_std + log s. s > 0."""
-    s = per_sample(sigma, mixture.means)
-    means = torch.addcmul(x_t.unsqueeze(1), s, mixture.means, value=-1)         # (B,K,C,*S)
-    return GaussianMixture(means, mixture.log_weights, mixture.log_std + s.log())
+    return _Posterior(mixture, x_t, sigma)
 
 
 def likelihood_factor(x_t: Tensor, sigma: float | Tensor) -> GaussianFactor:
     r"""q(x_t | x_0) as a factor over x_0: lambda = a^2/s^2, h = a x_t/s^2. s > 0."""
-    s = per_sample(sigma, x_t)
-    a = 1 - s
-    precision = (a / s).square()
-    return GaussianFactor(precision.expand(x_t.shape[:1] + (1,) * (x_t.ndim - 1)), (a / s.square()) * x_t)
+    s = sigma if isinstance(sigma, float) else per_sample(sigma, x_t)
+    weight = (1 - s) / s**2
+    precision = per_sample((1 - s) * weight, x_t).expand(x_t.shape[:1] + (1,) * (x_t.ndim - 1))
+    return GaussianFactor(precision, weight * x_t)
 
 
 def reanchor_factor(x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor) -> GaussianFactor:
@@ -54,13 +85,36 @@ def reanchor(
     return posterior.tilt(reanchor_factor(x_src, sigma_src, x_tgt, sigma_tgt))
 
 
-def transition_coefficients(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Reanchoring:
+    """The mean of ``reanchor(posterior, x_src, sigma_src, x, sigma)`` for sigmas known ahead and an x yet to come.
+
+    What does not depend on x is computed for all sigmas at once, for a solver asks at every substep.
+    """
+
+    def __init__(self, posterior: GaussianMixture, x_src: Tensor, sigma_src: float, sigmas: Sequence[float]):
+        prior = posterior.tilt(-likelihood_factor(x_src, sigma_src))  # perhaps no distribution: only its factor is used
+        self._base, self._shift = prior.base, prior.factor.shift
+        self._weights = [(1 - s) / s**2 for s in sigmas]
+        precision = x_src.new_tensor([(1 - s) * w for s, w in zip(sigmas, self._weights)])
+        precision = prior.factor.precision + precision.reshape((-1,) + (1,) * x_src.ndim)          # (n,B,1,*1)
+        shrink = (1 + precision * prior.base.var).reciprocal()
+        self._shrinks, self._precisions = shrink.unbind(0), (precision * shrink).unbind(0)
+
+    def mean(self, i: int, x: Tensor) -> Tensor:
+        """m of q(x_0 | x) at the i-th sigma, (B,C,*S)."""
+        shrink = self._shrinks[i]
+        shift = torch.add(self._shift, x, alpha=self._weights[i]).mul_(shrink)
+        weights = self._base._tilted_logits(self._precisions[i], shift).softmax(dim=1).unsqueeze(2)
+        return self._base._tilted_mean(weights, shrink, shift)
+
+
+def transition_coefficients(sigma: float | Tensor, sigma_next: float | Tensor) -> tuple:
     r"""(c_x, c_0, c_e) of x_next = c_x x_t + c_0 x_0 + c_e e, the reverse transition (DDPM's, on this path):
     with r = (s_n/s)(a/a_n), b = 1 - r^2:  c_x = r s_n/s,  c_0 = b a_n,  c_e = sqrt(b) s_n.  s_n < 1 or s_n = s."""
     a, a_next = 1 - sigma, 1 - sigma_next
     r = (sigma_next / sigma) * (a / a_next)
-    b = 1 - r.square()
-    return r * sigma_next / sigma, b * a_next, b.clamp(min=0).sqrt() * sigma_next
+    b = 1 - r * r
+    return r * sigma_next / sigma, b * a_next, (b * (b > 0)) ** 0.5 * sigma_next
 
 
 def reverse_transition(
@@ -77,6 +131,5 @@ def reverse_transition(
 
 def reverse_step(x_t: Tensor, x_0: Tensor, noise: Tensor, sigma: float, sigma_next: float) -> Tensor:
     r"""One draw of x_next ~ q(x_next | x_t, x_0): c_x x_t + c_0 x_0 + c_e e."""
-    s, s_next = torch.tensor(sigma, dtype=torch.float64), torch.tensor(sigma_next, dtype=torch.float64)
-    c_x, c_0, c_e = (float(c) for c in transition_coefficients(s, s_next))
+    c_x, c_0, c_e = transition_coefficients(sigma, sigma_next)
     return c_x * x_t + c_0 * x_0 + c_e * noise

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .guidance import Guided, biased_target, mean_square, tilt_toward
-from .mixture import Gaussian, GaussianFactor, GaussianMixture
-from .path import add_noise, likelihood_factor, reverse_step
+from .mixture import Gaussian, GaussianMixture
+from .path import Reanchoring, add_noise, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
 from .spectral import color_noise, gaussian_to_mixture
 
@@ -92,9 +92,8 @@ def correct(
     if history is None:
         return guided.posterior, guided.target
     mean = guided.posterior.mean()
-    undo = -likelihood_factor(history.x, history.sigma)
-    mean_prev = history.posterior.tilted_mean(times_likelihood(undo, x, sigma))
-    doubt = guided.anchor.var * ((guided.scale * options.c_b) ** 2 + options.c_a) / history.step**2
+    mean_prev = history.posterior.tilted_mean(reanchor_factor(history.x, history.sigma, x, sigma))
+    doubt = guided.anchor.var * (((guided.scale * options.c_b) ** 2 + options.c_a) / history.step**2)
     difference = (mean - mean_prev) * ((1 - doubt).clamp(min=0).sqrt() * (step / (2 * history.step)))
     bias = difference if guided.bias is None else difference + guided.bias
     target = biased_target(guided.anchor, bias)
@@ -125,12 +124,6 @@ def clip_bias(bias: Tensor, anchor: Gaussian) -> Tensor:
     return bias * (mean_square(bias) / anchor.var).clamp(min=1).rsqrt()
 
 
-def times_likelihood(factor: GaussianFactor, x: Tensor, sigma: float) -> GaussianFactor:
-    """``factor + likelihood_factor(x, sigma)`` in two operations, for it is asked for at every substep."""
-    weight = (1 - sigma) / sigma**2
-    return GaussianFactor(factor.precision + (1 - sigma) * weight, torch.add(factor.shift, x, alpha=weight))
-
-
 def sample_gm_ode(
     denoiser: Denoiser,
     x: Tensor,
@@ -152,9 +145,9 @@ def sample_gm_ode(
 
     def advance(x: Tensor, posterior: GaussianMixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
         grid = substep_sigmas(sigma, sigma_next, substeps, shift)
-        undo = -likelihood_factor(x, sigma)
+        later = Reanchoring(posterior, x, sigma, grid[1:-1]) if substeps > 1 else None
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
-            x_0 = posterior.mean() if i == 0 else posterior.tilted_mean(times_likelihood(undo, x, s))
+            x_0 = later.mean(i - 1, x) if i else posterior.mean()
             x = torch.lerp(x_0, x, s_next / s)  # = x + (x - x_0)/s (s_next - s)
             if inpaint is not None:
                 x = inpaint(x, s_next)

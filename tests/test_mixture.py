@@ -11,7 +11,7 @@ from oracle import ExactPrior, as_distribution, log_density, projected_cdf, rand
 from recorded import assert_close, assert_same_mixture, load, mixture
 
 SPACES = [(), (5,), (3, 4), (2, 3, 2)]
-# (K, C) on both sides of 16, where contractions change from a loop to one product.
+# (K, C) on both sides of 16, where sums over K change from a loop to one product.
 SIZES = [(1, 1), (4, 3), (20, 3), (4, 20), (17, 17)]
 
 spaces = pytest.mark.parametrize("space", SPACES, ids=str)
@@ -111,6 +111,92 @@ def test_tilted_mean_is_the_mean_of_the_tilt(rng, k, c, space):
     factor = random_factor(rng, m)
     expected = as_distribution(m.tilt(factor)).mean.movedim(-1, 1)
     torch.testing.assert_close(m.tilted_mean(factor), expected, rtol=1e-11, atol=1e-12)
+
+
+def tilted_by_hand(m, factor):
+    """The three tensors of the tilt in double loops over components and channels: by the equations, nothing shared."""
+    v, precision = m.log_std.mul(2).exp().squeeze((1, 2)), factor.precision.squeeze(1)            # (B,*1)
+    shrink = 1 / (1 + precision * v)
+    means, logits = torch.empty_like(m.means), torch.empty_like(m.log_weights)
+    for k in range(m.components):
+        exponent = torch.zeros_like(m.log_weights[:, 0, 0])
+        for c in range(m.channels):
+            mean, h = m.means[:, k, c], factor.shift[:, c]
+            means[:, k, c] = (mean + v * h) * shrink
+            exponent = exponent + (h * mean - 0.5 * precision * mean**2) * shrink
+        logits[:, k, 0] = m.log_weights[:, k, 0] + exponent
+    return GaussianMixture.from_logits(means, logits, 0.5 * (v * shrink).log()[:, None, None])
+
+
+@spaces
+@sizes
+def test_tilt_by_hand(rng, k, c, space):
+    m = random_mixture(rng, k=k, c=c, space=space)
+    factor = random_factor(rng, m)
+    got, expected = m.tilt(factor), tilted_by_hand(m, factor)
+    assert (got.components, got.channels) == (k, c)
+    for name in ("means", "log_weights", "log_std", "weights"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got.mean(), expected.mean())
+    torch.testing.assert_close(got.moments().var, expected.moments().var)
+
+
+def test_tilts_of_a_tilt_are_those_of_its_tensors(rng):
+    """One factor kept and added to, against a mixture built anew from the tensors of each tilt."""
+    m = random_mixture(rng)
+    f, g, h = (random_factor(rng, m, low=0) for _ in range(3))
+    expected = tilted_by_hand(tilted_by_hand(m, f), g)
+    assert_same_mixture(m.tilt(f).tilt(g), expected, 1e-13)
+    torch.testing.assert_close(m.tilt(f).tilted_mean(g), expected.mean())
+    assert_same_mixture(m.tilt(f).tilt(g).temperature(0.5).tilt(h), tilted_by_hand(expected.temperature(0.5), h), 1e-13)
+
+
+def test_the_mean_of_a_tilt_needs_no_tilted_means(rng):
+    m = random_mixture(rng)
+    tilted = m.tilt(random_factor(rng, m)).tilt(random_factor(rng, m, low=0))
+    tilted.mean()
+    assert not {"means", "log_weights"} & set(vars(tilted)) and tilted.base is m
+
+
+def test_a_tilt_may_pass_through_what_is_no_distribution(rng):
+    """Dividing a likelihood out and another one in: between them 1 + lambda v is negative."""
+    m = random_mixture(rng)
+    f, g = random_factor(rng, m, low=2.0, high=3.0), random_factor(rng, m, low=2.0, high=3.0)
+    assert_same_mixture(m.tilt(-f).tilt(f + g), m.tilt(g), 1e-12)
+
+
+def read_everything(m, x):
+    return m.mean().sum() + m.moments().var.sum() + m.log_prob(x).sum() + m.weights.square().sum() + m.log_std.sum()
+
+
+@pytest.mark.parametrize("k, c", [(3, 2), (17, 3)])
+def test_gradients_of_a_tilt(rng, k, c):
+    """Of everything a mixture is asked for, to the base and the factor, by finite differences."""
+    m = random_mixture(rng, b=1, k=k, c=c, space=(2,))
+    f, x = random_factor(rng, m, low=0), torch.randn(1, c, 2, generator=rng, dtype=torch.float64)
+    inputs = [t.clone().requires_grad_() for t in (m.means, m.log_weights, m.log_std, f.precision, f.shift)]
+
+    def tilted(means, log_weights, log_std, precision, shift):
+        return read_everything(GaussianMixture(means, log_weights, log_std).tilt(GaussianFactor(precision, shift)), x)
+
+    assert torch.autograd.gradcheck(tilted, inputs)
+
+
+def test_what_was_read_without_a_gradient_is_not_kept_for_when_one_is_needed(rng):
+    m = random_mixture(rng)
+    factor, x = random_factor(rng, m), torch.randn(2, 2, 3, 4, generator=rng, dtype=torch.float64)
+    means, shift = m.means.clone().requires_grad_(), factor.shift.clone().requires_grad_()
+
+    def gradients(look_first):
+        base = GaussianMixture(means, m.log_weights, m.log_std)
+        tilted = base.tilt(GaussianFactor(factor.precision, shift))
+        if look_first:
+            with torch.no_grad():
+                read_everything(tilted, x), read_everything(base, x)
+        return torch.autograd.grad(read_everything(tilted, x) + read_everything(base, x), (means, shift))
+
+    for got, expected in zip(gradients(True), gradients(False)):
+        torch.testing.assert_close(got, expected)
 
 
 def test_zero_factor_is_the_identity(rng):

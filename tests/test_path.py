@@ -6,7 +6,7 @@ from torch.distributions import Normal
 
 from gmflow_core import GaussianMixture, add_noise, reanchor, reverse_transition, velocity_to_posterior
 from gmflow_core.path import (
-    forward_transition, likelihood_factor, reanchor_factor, reverse_step, transition_coefficients,
+    Reanchoring, forward_transition, likelihood_factor, reanchor_factor, reverse_step, transition_coefficients,
 )
 from oracle import ExactPrior, log_density, random_mixture
 from recorded import assert_close, assert_same_mixture, load, mixture
@@ -137,6 +137,31 @@ def test_recorded_reanchored_mean_of_a_velocity_mixture():
     assert_close(got, r["gm_convert_mean.u.out"], 1e-6)
 
 
+@pytest.mark.parametrize("space", [(), (5,), (3, 4)], ids=str)
+def test_reanchoring_to_sigmas_known_ahead_is_exact(rng, space):
+    """Each mean is that of the prior's own posterior there, whatever was tilted onto the posterior before."""
+    prior = ExactPrior.example(channels=3)
+    x, y = torch.randn(2, 2, 3, *space, generator=rng, dtype=torch.float64)
+    sigmas = [0.7, 0.4, 0.05, 0.001]
+    later = Reanchoring(prior.posterior(x, 0.9), x, 0.9, sigmas)
+    twice = Reanchoring(reanchor(prior.posterior(y, 0.95), y, 0.95, x, 0.9), x, 0.9, sigmas)
+    for i, sigma in enumerate(sigmas):
+        x = 0.5 * x + 0.1
+        expected = prior.posterior(x, sigma).mean()
+        torch.testing.assert_close(later.mean(i, x), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(twice.mean(i, x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_mean_of_a_posterior_needs_no_means_of_components(rng):
+    velocity = random_mixture(rng)
+    x_t, sigma = torch.randn(2, 2, 3, 4, generator=rng, dtype=torch.float64), torch.tensor([0.9, 0.2], dtype=torch.float64)
+    posterior = velocity_to_posterior(velocity, x_t, sigma)
+    mean = posterior.mean()
+    assert "means" not in vars(posterior)
+    torch.testing.assert_close(mean, (posterior.weights * posterior.means).sum(1))
+    torch.testing.assert_close(velocity_to_posterior(velocity, x_t, 0.9).mean()[0], mean[0])
+
+
 # ---- reverse transition ----------------------------------------------------------------------------
 
 
@@ -150,6 +175,12 @@ def test_transition_coefficients_by_bayes(sigma, sigma_next):
     assert c_x == pytest.approx(ratio / std**2 / precision, rel=1e-10, abs=1e-14)
     assert c_0 == pytest.approx(a_next / sigma_next**2 / precision, rel=1e-10)
     assert c_e == pytest.approx(precision**-0.5, rel=1e-10)
+
+
+@pairs
+def test_transition_coefficients_of_numbers_are_those_of_tensors(sigma, sigma_next):
+    expected = tuple(float(c) for c in transition_coefficients(scalar(sigma), scalar(sigma_next)))
+    assert transition_coefficients(sigma, sigma_next) == pytest.approx(expected, rel=1e-14, abs=1e-16)
 
 
 @pairs
