@@ -7,7 +7,6 @@ samplers and the GM guider read it there; everything else in ComfyUI sees a flow
 
 from __future__ import annotations
 
-import copy
 import inspect
 from dataclasses import replace
 from pathlib import Path
@@ -28,20 +27,14 @@ import latent_preview
 import nodes as core
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from tqdm.auto import tqdm
 
-from ..gmflow_core import (
-    GMDiT, GMDiTConfig, Guided, SpectrumMLP, sample_gm_ode, sample_gm_sde, velocity_to_posterior,
-)
+from ..gmflow_core import GMDiT, GMDiTConfig, SpectrumMLP
 from ..gmflow_core.checkpoint import LatentSpace, read_state
 from ..gmflow_core.files import CheckpointError
-from ..gmflow_core.model import unpack_mixture
-from ..gmflow_core.noise import ImageNoise
-from ..gmflow_core.schedule import default_substeps
 from .describe import CLASSES, LABELS, ModelInfo, check_latent, null_conditioning, read_labels
-from .mixing import SOLVERS, Capture, GMOptions, Guidance, clean_sigmas, guided_by_mean, make_inpaint, moved, pool
+from .mixing import Capture, Guidance, guided_by_mean, moved
+from .solving import CAPTURE, GMOptions, check_sigmas, gather, sample_gm, with_capture
 
-CAPTURE = "gmflow_capture"   # in transformer_options
 FOLDER = "diffusion_models"
 WEIGHT_DTYPES = {
     "default": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -97,6 +90,10 @@ class GMFlowModel(comfy.model_base.BaseModel):
 
     def process_timestep(self, timestep, **kwargs):
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)  # the network's clock is sigma
+
+    def time_shift(self) -> float:
+        """The shift it samples with: its own, or a ModelSampling patch's."""
+        return shift_of(self.model_sampling)
 
     def extra_conds(self, **kwargs):
         role, noise = kwargs.get("prompt_type", "conditioning"), kwargs["noise"]
@@ -249,29 +246,7 @@ def require_gmflow(model, name: str = "model") -> ModelInfo:
     return inner.gmflow
 
 
-# ---- posteriors --------------------------------------------------------------------------------
-
-def with_capture(model_options: dict, capture: Capture) -> dict:
-    """A copy of the options in which the network hands its mixtures to ``capture``."""
-    return model_options | {"transformer_options": model_options.get("transformer_options", {}) | {CAPTURE: capture}}
-
-
-def gather(capture: Capture, conds: list[dict], model: GMFlowModel, x, sigma: float, role: str):
-    """The x_0 posterior of one role's conditionings, several of them pooled by strength; ValueError if there is none."""
-    found = [cond for cond in conds if cond["uuid"] in capture.packed]
-    if not found:
-        raise ValueError(
-            f"{role}: the network was not asked for it at sigma {sigma:.3f}, and a GM sampler needs its mixture; a conditioning "
-            "without a range for this step, or a patch that skips the network (EasyCache), cannot be combined with it"
-        )
-    if any("area" in cond or "mask" in cond for cond in found):
-        raise ValueError(f"{role}: GM samplers take conditionings of the whole image; remove the area or mask, or use a core guider with a core sampler")
-    mixtures = [
-        velocity_to_posterior(unpack_mixture(capture.packed[cond["uuid"]].to(x.device), model.gmflow.config.num_gaussians), x, sigma)
-        for cond in found
-    ]
-    return pool(mixtures, [cond.get("strength", 1.0) for cond in found])
-
+# ---- guidance ----------------------------------------------------------------------------------
 
 class GMFlowGuider(comfy.samplers.CFGGuider):
     """Probabilistic guidance for any sampler: GM samplers get the guided mixture, others its mean."""
@@ -284,7 +259,7 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
         conds, capture = [self.conds[role] for role in roles], Capture()
         options = with_capture(model_options, capture)
         means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        posteriors = [gather(capture, cond, self.inner_model, x, sigma, role) for cond, role in zip(conds, roles)]
+        posteriors = [gather(capture, cond, self.inner_model.gmflow, x, sigma, role) for cond, role in zip(conds, roles)]
         guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(posteriors[0], posteriors[0].mean())
         mean = guided.posterior.mean()
         if model_options.get("sampler_post_cfg_function"):  # patches of other nodes (PAG, rescale) see and change the mean
@@ -331,64 +306,6 @@ def make_sampler(options: GMOptions):
     return comfy.samplers.KSAMPLER(sample_gm, {"options": options})
 
 
-@torch.no_grad()
-def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: GMOptions, batch_index=None, recorder=None):
-    """GM-ODE or GM-SDE as ComfyUI calls a sampler. ``batch_index`` (B,) names the images for the step noise."""
-    guider, extra_args = model.inner_model, extra_args or {}
-    network = getattr(guider, "inner_model", None)
-    if not isinstance(network, GMFlowModel):
-        raise ValueError(
-            f"sampler: GM samplers need a GMFlow model, and the guider samples a {type(network).__name__}; "
-            "load one with GMFlow Loader or choose a core sampler"
-        )
-    model_options, seed = extra_args.get("model_options", {}), extra_args.get("seed") or 0
-    grid = clean_sigmas(sigmas)
-    steps = check_sigmas(grid)
-    bar = tqdm(total=steps, disable=disable)
-
-    def denoiser(x, sigma: float) -> Guided:
-        capture = Capture()
-        mean = guider(x, x.new_full((len(x),), sigma), model_options=with_capture(model_options, capture), seed=seed)
-        if capture.guided is not None:
-            return capture.guided
-        conds = getattr(guider, "conds", {})
-        positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
-        return guided_by_mean(gather(capture, positive, network, x, sigma, "positive"), mean)
-
-    def report(info) -> None:
-        if recorder is not None:
-            recorder(info)
-        bar.update()
-        if callback is not None:  # preview, progress and cancel hang on it
-            callback({"i": info.index, "x": info.x, "denoised": info.denoised, "sigma": info.sigma, "sigma_hat": info.sigma})
-
-    common = dict(
-        order=options.order, second_order=options.second_order, temperature=options.temperature,
-        inpaint=make_inpaint(model, extra_args, sigmas), callback=report,
-    )
-    with bar:
-        if options.solver == SOLVERS[0]:
-            shift = options.shift * shift_of(network.model_sampling)
-            return sample_gm_ode(denoiser, x, grid, substeps=options.substeps or default_substeps(steps), shift=shift, **common)
-        # Another stream than the initial noise, which comes from the seed itself.
-        noise = ImageNoise(seed + 1, range(len(x)) if batch_index is None else batch_index, tuple(x.shape[1:]), x.device)
-        spectrum = network.gmflow.spectrum if options.spectral else None
-        if spectrum is not None:
-            check_spectrum(spectrum, x)
-            spectrum = copy.deepcopy(spectrum).to(x.device)
-        return sample_gm_sde(denoiser, x, grid, spectrum=spectrum, noise_sampler=noise, **common)
-
-
-def check_spectrum(spectrum: SpectrumMLP, x) -> None:
-    """ValueError for a latent larger than the spectrum network knows."""
-    known, size = spectrum.config.base_size[1:], x.shape[2:]
-    if any(n > limit for n, limit in zip(size, known)):
-        raise ValueError(
-            f"latent: GM-SDE's spectral noise knows sizes up to {' x '.join(map(str, known))}, got {' x '.join(map(str, size))}; "
-            "turn spectral off (Sampler GM-SDE), or use GM-ODE"
-        )
-
-
 class SeedNoise:
     """NOISE of a seed, the same as the core's nodes draw."""
 
@@ -397,13 +314,6 @@ class SeedNoise:
 
     def generate_noise(self, latent: dict):
         return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
-
-
-def check_sigmas(sigmas) -> int:
-    """The number of steps; ValueError if there is none."""
-    if len(sigmas) < 2:
-        raise ValueError(f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split at an end?")
-    return len(sigmas) - 1
 
 
 def run(noise, guider, sampler, sigmas, latent: dict, recorder=None) -> tuple[dict, dict]:

@@ -53,7 +53,8 @@ class GMFlowInspector(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, trace, step, image, view, order, max_components, pixel_x=-1, pixel_y=-1, save_tensors=False, vae=None) -> io.NodeOutput:
+    def execute(cls, trace, step, image, view, order, max_components, pixel_x=-1, pixel_y=-1, save_tensors=False,
+                vae=None) -> io.NodeOutput:
         if not isinstance(trace, TraceSource):
             raise ValueError(f"trace: got a {type(trace).__name__}; connect the trace of GMFlow KSampler or GMFlow Sampler Custom")
         recorded, decode = trace.trace(), host.decoder(trace.model, vae)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..gmflow_core import GaussianMixture, Guided, Inpaint, SecondOrder, guide_cfg, guide_probabilistic, unguided
+from ..gmflow_core import GaussianMixture, Guided, guide_cfg, guide_probabilistic, unguided
 from ..gmflow_core.guidance import check_guidance
 
 METHODS = ("probabilistic", "vanilla CFG")
-SOLVERS = ("GM-ODE", "GM-SDE")
 
 
 @dataclass(frozen=True)
@@ -91,47 +90,3 @@ def moved(posterior: GaussianMixture, mean: Tensor) -> GaussianMixture:
 def guided_by_mean(posterior: GaussianMixture, mean: Tensor) -> Guided:
     """A conditional posterior and the mean that somebody else's guidance made of it."""
     return unguided(moved(posterior, mean))
-
-
-# ---- sampling ----------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class GMOptions:
-    """A GM sampler's settings. ``substeps`` 0 is ceil(128 / steps); ``shift`` multiplies the model's own."""
-
-    solver: str = "GM-ODE"
-    order: int = 2
-    substeps: int = 0
-    spectral: bool = True
-    second_order: SecondOrder = SecondOrder()
-    temperature: float = 1.0
-    shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:  # 0.3.64 passes any text
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-
-
-def clean_sigmas(sigmas) -> torch.Tensor:
-    """Schedulers may repeat a sigma or pass 1 by a rounding error; everything else is the solver's to refuse."""
-    sigmas = sigmas.detach().float().cpu()
-    sigmas = torch.where((sigmas > 1) & (sigmas < 1 + 1e-4), 1.0, sigmas)
-    return torch.unique_consecutive(sigmas)
-
-
-def make_inpaint(model, extra_args: dict, sigmas):
-    """``inpaint(x, sigma)`` for a noise mask, or None. The mask may depend on sigma (Differential Diffusion)."""
-    mask = extra_args.get("denoise_mask")
-    if mask is None:
-        return None
-    function, last = extra_args.get("model_options", {}).get("denoise_mask_function"), [1.0]
-
-    def inpaint(x, sigma: float):
-        if sigma > 0:
-            last[0] = sigma  # at 0 every threshold would let go of what was kept until then
-        at = mask if function is None else function(
-            x.new_full((len(x),), last[0]), mask, extra_options={"model": model.inner_model, "sigmas": sigmas}
-        )
-        return Inpaint(at, model.latent_image, model.noise)(x, sigma)
-
-    return inpaint

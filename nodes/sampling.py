@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..gmflow_core import SecondOrder, flow_sigmas
 from . import host
-from .mixing import METHODS, SOLVERS, GMOptions, Guidance
+from .mixing import METHODS, Guidance
+from .solving import SOLVERS, GMOptions
 from .schema import GMTrace, advanced, schema, seed
 from .tracing import TraceSource
 
@@ -109,10 +110,12 @@ class GMFlowGuider(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, guidance, orthogonal, start_percent, end_percent, method, cfg_scale, negative=None) -> io.NodeOutput:
+    def execute(cls, model, positive, guidance, orthogonal, start_percent, end_percent, method, cfg_scale,
+                negative=None) -> io.NodeOutput:
         host.require_gmflow(model)
         interval = (host.percent_to_sigma(model, start_percent), host.percent_to_sigma(model, end_percent))
-        return io.NodeOutput(host.make_guider(model, positive, negative, Guidance(guidance, orthogonal, method, cfg_scale, interval)))
+        settings = Guidance(guidance, orthogonal, method, cfg_scale, interval)
+        return io.NodeOutput(host.make_guider(model, positive, negative, settings))
 
 
 class SamplerGMFlowODE(io.ComfyNode):
@@ -191,7 +194,8 @@ class GMFlowKSampler(io.ComfyNode):
         sigmas = flow_sigmas(steps, shift * host.model_shift(model), denoise)
         guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
         sampler = host.make_sampler(GMOptions(solver, order, substeps, shift=shift))
-        source = TraceSource(lambda recorder: host.run(host.SeedNoise(seed), guider, sampler, sigmas, latent_image, recorder), model)
+        noise = host.SeedNoise(seed)
+        source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), model)
         latent, _ = source.sample(cls.hidden, slot=1)
         return io.NodeOutput(latent, source)
 
@@ -220,5 +224,6 @@ class GMFlowSamplerCustom(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image) -> io.NodeOutput:
-        source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), guider.model_patcher)
+        sample = lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
+        source = TraceSource(sample, guider.model_patcher)
         return io.NodeOutput(*source.sample(cls.hidden, slot=2), source)

@@ -97,7 +97,7 @@ def test_bad_guidance(pack, settings, message):
 
 
 def test_sigmas_of_foreign_schedulers(pack):
-    clean = pack("nodes.mixing").clean_sigmas
+    clean = pack("nodes.solving").clean_sigmas
     assert clean(torch.tensor([1.00001, 0.5, 0.5, 0.0])).tolist() == [1.0, 0.5, 0.0]
     assert clean(torch.tensor([14.6, 1.0, 0.0])).tolist() == pytest.approx([14.6, 1.0, 0.0])  # the solver refuses it
 
@@ -113,14 +113,14 @@ def test_a_mask_that_depends_on_sigma_keeps_its_last_threshold_at_zero(pack, rng
     model = types.SimpleNamespace(inner_model="guider", latent_image=latent, noise=noise)
     mask = torch.tensor([[[[0.2, 0.9], [0.2, 0.9]]]])
     extra = {"denoise_mask": mask, "model_options": {"denoise_mask_function": threshold}}
-    inpaint = pack("nodes.mixing").make_inpaint(model, extra, None)
+    inpaint = pack("nodes.solving").make_inpaint(model, extra, None)
     x = torch.randn(1, 3, 2, 2, generator=rng)
     out = inpaint(x, 0.5)
     torch.testing.assert_close(out[..., 0], (0.5 * latent + 0.5 * noise)[..., 0])
     torch.testing.assert_close(out[..., 1], x[..., 1])
     torch.testing.assert_close(inpaint(x, 0.0)[..., 0], latent[..., 0])
     assert seen == [0.5, 0.5]
-    assert pack("nodes.mixing").make_inpaint(model, {"denoise_mask": None}, None) is None
+    assert pack("nodes.solving").make_inpaint(model, {"denoise_mask": None}, None) is None
 
 
 # ---- labels and latents -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 
 
-DATASETS = ("digits", "checkerboard", "imagefolder")
+DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
 FREE = ("data_path", "workers", "log_every", "sample_every", "save_every")
@@ -28,7 +28,7 @@ class TrainConfig:
     # data from files
     data_path: str | None = None             # the folder
     classes: str = "model"                   # or "data": model.num_classes becomes what the data has
-    flip: bool = True                        # mirror images at random (digits never are)
+    flip: bool = True                        # mirror images at random, latents where encoded with --flips; never digits
     workers: int = 2                         # threads that decode images
     # objective
     loss: str = "transition"                 # or "l2": vanilla flow matching, needs K = 1 and a constant log_std

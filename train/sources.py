@@ -9,6 +9,7 @@ from gmflow_core import GMDiTConfig
 from .config import TrainConfig
 from .data import Checkerboard, Dataset, Digits
 from .images import ImageFolder
+from .latents import Latents
 
 
 def open_data(config: TrainConfig) -> tuple[Dataset, TrainConfig]:
@@ -42,4 +43,6 @@ def _open(config: TrainConfig) -> Dataset:
         return Checkerboard.load()
     if not isinstance(model, GMDiTConfig):
         raise ValueError(f"data {config.data} needs a GM-DiT, this preset's model is one for 2D points")
+    if config.data == "latents":
+        return Latents.load(config.data_path, config.flip)
     return ImageFolder.load(config.data_path, model.in_channels, model.sample_size, config.flip, config.workers)

@@ -1,0 +1,168 @@
+"""GM-ODE and GM-SDE as ComfyUI calls a sampler. Nothing of ComfyUI is imported: its objects are used as they come.
+
+Shapes: B batch, C channels, H W space.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..gmflow_core import (
+    GaussianMixture, Guided, Inpaint, SecondOrder, SpectrumMLP, sample_gm_ode, sample_gm_sde, velocity_to_posterior,
+)
+from ..gmflow_core.model import unpack_mixture
+from ..gmflow_core.noise import ImageNoise
+from ..gmflow_core.schedule import default_substeps
+from .describe import ModelInfo
+from .mixing import Capture, guided_by_mean, pool
+
+CAPTURE = "gmflow_capture"   # in transformer_options
+SOLVERS = ("GM-ODE", "GM-SDE")
+
+
+@dataclass(frozen=True)
+class GMOptions:
+    """A GM sampler's settings. ``substeps`` 0 is ceil(128 / steps); ``shift`` multiplies the model's own."""
+
+    solver: str = "GM-ODE"
+    order: int = 2
+    substeps: int = 0
+    spectral: bool = True
+    second_order: SecondOrder = SecondOrder()
+    temperature: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:  # 0.3.64 passes any text
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+
+
+def clean_sigmas(sigmas) -> torch.Tensor:
+    """Schedulers may repeat a sigma or pass 1 by a rounding error; everything else is the solver's to refuse."""
+    sigmas = sigmas.detach().float().cpu()
+    sigmas = torch.where((sigmas > 1) & (sigmas < 1 + 1e-4), 1.0, sigmas)
+    return torch.unique_consecutive(sigmas)
+
+
+def make_inpaint(model, extra_args: dict, sigmas):
+    """``inpaint(x, sigma)`` for a noise mask, or None. The mask may depend on sigma (Differential Diffusion)."""
+    mask = extra_args.get("denoise_mask")
+    if mask is None:
+        return None
+    function, last = extra_args.get("model_options", {}).get("denoise_mask_function"), [1.0]
+
+    def inpaint(x, sigma: float):
+        if sigma > 0:
+            last[0] = sigma  # at 0 every threshold would let go of what was kept until then
+        at = mask if function is None else function(
+            x.new_full((len(x),), last[0]), mask, extra_options={"model": model.inner_model, "sigmas": sigmas}
+        )
+        return Inpaint(at, model.latent_image, model.noise)(x, sigma)
+
+    return inpaint
+
+
+def check_sigmas(sigmas) -> int:
+    """The number of steps; ValueError if there is none."""
+    if len(sigmas) < 2:
+        raise ValueError(
+            f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split at an end?"
+        )
+    return len(sigmas) - 1
+
+
+def with_capture(model_options: dict, capture: Capture) -> dict:
+    """A copy of the options in which the network hands its mixtures to ``capture``."""
+    return model_options | {"transformer_options": model_options.get("transformer_options", {}) | {CAPTURE: capture}}
+
+
+def gather(capture: Capture, conds: list[dict], info: ModelInfo, x, sigma: float, role: str):
+    """The x_0 posterior of one role's conditionings, several of them pooled by strength; ValueError if there is none."""
+    found = [cond for cond in conds if cond["uuid"] in capture.packed]
+    if not found:
+        raise ValueError(
+            f"{role}: the network was not asked for it at sigma {sigma:.3f}, and a GM sampler needs its mixture; a conditioning "
+            "without a range for this step, or a patch that skips the network (EasyCache), cannot be combined with it"
+        )
+    if any("area" in cond or "mask" in cond for cond in found):
+        raise ValueError(
+            f"{role}: GM samplers take conditionings of the whole image; remove the area or mask, "
+            "or use a core guider with a core sampler"
+        )
+    packed = [capture.packed[cond["uuid"]].to(x.device) for cond in found]
+    velocities = [unpack_mixture(output, info.config.num_gaussians) for output in packed]
+    posteriors = [velocity_to_posterior(velocity, x, sigma) for velocity in velocities]
+    return pool(posteriors, [cond.get("strength", 1.0) for cond in found])
+
+
+@torch.no_grad()
+def sample_gm(
+    model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: GMOptions, batch_index=None, recorder=None
+) -> Tensor:
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler: x (B,C,H,W) at sigmas[0] to x at sigmas[-1].
+
+    ``model`` is the host's wrapper of a guider. ``batch_index`` (B,) names the images for the step noise;
+    ``recorder`` sees every step, see :class:`gmflow_core.trace.Recorder`.
+    """
+    guider, extra_args = model.inner_model, extra_args or {}
+    network = getattr(guider, "inner_model", None)
+    info = getattr(network, "gmflow", None)
+    if not isinstance(info, ModelInfo):
+        raise ValueError(
+            f"sampler: GM samplers need a GMFlow model, and the guider samples a {type(network).__name__}; "
+            "load one with GMFlow Loader or choose a core sampler"
+        )
+    model_options, seed = extra_args.get("model_options", {}), extra_args.get("seed") or 0
+    grid = clean_sigmas(sigmas)
+    steps = check_sigmas(grid)
+    bar = tqdm(total=steps, disable=disable)
+
+    def denoiser(x, sigma: float) -> Guided:
+        capture = Capture()
+        mean = guider(x, x.new_full((len(x),), sigma), model_options=with_capture(model_options, capture), seed=seed)
+        if capture.guided is not None:
+            return capture.guided
+        conds = getattr(guider, "conds", {})
+        positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
+        return guided_by_mean(gather(capture, positive, info, x, sigma, "positive"), mean)
+
+    def report(info) -> None:
+        if recorder is not None:
+            recorder(info)
+        bar.update()
+        if callback is not None:  # preview, progress and cancel hang on it
+            state = {"i": info.index, "x": info.x, "denoised": info.denoised}
+            callback(state | {"sigma": info.sigma, "sigma_hat": info.sigma})
+
+    common = dict(
+        order=options.order, second_order=options.second_order, temperature=options.temperature,
+        inpaint=make_inpaint(model, extra_args, sigmas), callback=report,
+    )
+    with bar:
+        if options.solver == SOLVERS[0]:
+            shift = options.shift * network.time_shift()
+            substeps = options.substeps or default_substeps(steps)
+            return sample_gm_ode(denoiser, x, grid, substeps=substeps, shift=shift, **common)
+        # Another stream than the initial noise, which comes from the seed itself.
+        indices = range(len(x)) if batch_index is None else batch_index
+        noise = ImageNoise(seed + 1, indices, tuple(x.shape[1:]), x.device)
+        spectrum = info.spectrum if options.spectral else None
+        if spectrum is not None:
+            check_spectrum(spectrum, x)
+            spectrum = copy.deepcopy(spectrum).to(x.device)
+        return sample_gm_sde(denoiser, x, grid, spectrum=spectrum, noise_sampler=noise, **common)
+
+
+def check_spectrum(spectrum: SpectrumMLP, x) -> None:
+    """ValueError for a latent larger than the spectrum network knows."""
+    known, size = spectrum.config.base_size[1:], x.shape[2:]
+    if any(n > limit for n, limit in zip(size, known)):
+        raise ValueError(
+            f"latent: GM-SDE's spectral noise knows sizes up to {' x '.join(map(str, known))}, "
+            f"got {' x '.join(map(str, size))}; turn spectral off (Sampler GM-SDE), or use GM-ODE"
+        )

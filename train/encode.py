@@ -1,0 +1,227 @@
+"""Encode a folder of images to latents: ``python -m train.encode FOLDER --vae PATH_OR_HUB_ID --out DIR``.
+
+The result is what ``data=latents`` trains on (:mod:`.latents`). Run the same command again to go on where
+it stopped: finished shards are kept. A latent is one draw from the VAE's posterior, and that draw depends
+on nothing but the image's place in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from gmflow_core.convert import SD_VAE_SCALE
+
+from .images import ImageList, decode, find_images, say, to_unit
+from .latents import FORMAT, INDEX
+
+PLAN = "plan.json"
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A VAE as the loop needs it: images (B,3,S,S) in [-1,1] -> mean and standard deviation (B,C,H,W)."""
+
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    name: str
+    scale: float
+    shift: float
+
+
+def diffusers_encoder(source: str, device: torch.device) -> Encoder:
+    """diffusers' AutoencoderKL, from a folder or from the Hugging Face hub."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ValueError(f"a VAE needs the package diffusers ({error}): python -m pip install diffusers accelerate") from None
+    try:
+        vae = AutoencoderKL.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: no AutoencoderKL could be loaded from it ({error}); expected a diffusers folder with "
+                         "config.json, or a name on the hub such as stabilityai/sd-vae-ft-ema") from None
+    vae = vae.eval().requires_grad_(False).to(device)
+
+    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(images.to(device)).latent_dist
+        return posterior.mean.cpu(), posterior.std.cpu()
+
+    scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
+    name = Path(source).resolve().name if Path(source).is_dir() else source
+    return Encoder(encode, name, float(SD_VAE_SCALE if scale is None else scale), float(shift or 0.0))
+
+
+def encode_folder(
+    images: ImageList, out: Path, encoder: Encoder, *, size: int = 256, flips: bool = False, workers: int = 2,
+    batch: int = 16, shard_size: int = 4096, dtype: str = "float16",
+) -> dict:
+    """Write the shards that are not there yet, then the index, which is returned."""
+    count = len(images.paths)
+    plan = {
+        "format": FORMAT, "vae": encoder.name, "scale": encoder.scale, "shift": encoder.shift, "size": size, "flips": flips,
+        "dtype": dtype, "shard_size": shard_size, "classes": list(images.classes), "found": count, "files": digest(images),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    check_plan(out / PLAN, plan)
+    shards, broken = [], []
+    with tqdm(total=count, unit="image") as bar, ThreadPoolExecutor(workers) as pool:
+        for first in range(0, count, shard_size):
+            path, chosen = out / f"shard-{first // shard_size:05d}.safetensors", range(first, min(first + shard_size, count))
+            if (made := finished(path)) is None:
+                tensors, bad = encode_images(images, chosen, encoder, size, flips, batch, DTYPES[dtype], pool, bar)
+                write_atomically(path, lambda temporary: save_file(tensors, temporary, {"broken": json.dumps(bad)}))
+                made = finished(path)
+            else:
+                bar.update(len(chosen))
+            shards += [made] if made["count"] else []
+            broken += made.pop("broken")
+    if not shards:
+        raise ValueError(f"{images.folder}: none of its {count} images can be read")
+    shape = shards[0]["shape"]
+    index = {k: v for k, v in plan.items() if k not in ("files", "shard_size")} | {
+        "shape": shape, "images": sum(s["count"] for s in shards), "broken": broken,
+        "shards": [{"file": s["file"], "count": s["count"]} for s in shards],
+    }
+    write_json(out / INDEX, index)
+    return index
+
+
+def encode_images(images: ImageList, chosen: range, encoder: Encoder, size, flips, batch, dtype, pool, bar):
+    """The tensors of one shard, and the names of the images that could not be read."""
+    parts, broken = [], []
+    for first in range(chosen.start, chosen.stop, batch):
+        asked = range(first, min(first + batch, chosen.stop))
+        decoded = dict(zip(asked, pool.map(lambda i: try_decode(images.paths[i], size), asked)))
+        broken += [images.paths[i].relative_to(images.folder).as_posix() for i, image in decoded.items() if image is None]
+        good = [i for i, image in decoded.items() if image is not None]
+        if good:
+            x = to_unit(torch.stack([decoded[i] for i in good]))
+            part = {"latents": draw(encoder, x, [2 * i for i in good]), "labels": images.labels[good]}
+            if flips:
+                part["flipped"] = draw(encoder, x.flip(-1), [2 * i + 1 for i in good])
+            parts.append(part)
+        bar.update(len(asked))
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    tensors = {name: value.to(torch.int64 if name == "labels" else dtype).contiguous() for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} of images {chosen.start} to {chosen.stop - 1} are not finite in {dtype}: use --dtype float32, "
+                             "or the VAE is damaged")
+    return tensors, broken
+
+
+def draw(encoder: Encoder, images: Tensor, seeds: list[int]) -> Tensor:
+    """A latent of each image (B,C,H,W), scaled and shifted, drawn with a seed of its own."""
+    with torch.no_grad():
+        mean, std = (part.float() for part in encoder.encode(images))
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return (mean + std * noise - encoder.shift) * encoder.scale
+
+
+def try_decode(path: Path, size: int) -> Tensor | None:
+    """The image (3,S,S) uint8, or None with a word to stderr if it cannot be read."""
+    try:
+        return decode(path, size)
+    except Exception as error:  # a damaged file may raise anything: Pillow lists nothing
+        say(f"{path}: cannot be read, left out ({type(error).__name__}: {error})")
+        return None
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+def digest(images: ImageList) -> str:
+    """Of the names and classes of all images, in their order."""
+    names = "\n".join(path.relative_to(images.folder).as_posix() for path in images.paths)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def check_plan(path: Path, plan: dict) -> None:
+    """Write the plan of a new folder; ValueError if the folder was begun with another one."""
+    if not path.exists():
+        return write_json(path, plan)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{k} {before.get(k)!r}, not {plan[k]!r}" for k in plan if before.get(k) != plan[k] and k not in ("files", "classes")]
+    if before != plan:
+        raise ValueError(f"{path.parent} was begun with {', '.join(changed) or 'other images'}; choose another --out, or delete it")
+
+
+def finished(path: Path) -> dict | None:
+    """What a shard holds, or None if it is not there or damaged."""
+    try:
+        with safe_open(path, "pt") as shard:
+            broken = json.loads((shard.metadata() or {})["broken"])
+            shape = list(shard.get_slice("latents").get_shape()) if "latents" in shard.keys() else [0]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return {"file": path.name, "count": shape[0], "shape": shape[1:], "broken": broken}
+
+
+def write_json(path: Path, value) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside ``path`` and rename, so that a file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.encode", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="images, a subfolder for each class")
+    parser.add_argument("--vae", required=True, help="diffusers AutoencoderKL: a folder or a name on the Hugging Face hub")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
+    parser.add_argument("--size", type=int, default=256, help="images are cut to this size (default 256)")
+    parser.add_argument("--flips", action="store_true", help="also encode every image mirrored: twice the time and space")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode images (default 2)")
+    parser.add_argument("--batch", type=int, default=16, help="images at a time in the VAE (default 16)")
+    parser.add_argument("--shard-size", type=int, default=4096, help="images a file (default 4096)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored latents (default float16)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
+    args = parser.parse_args()
+    for name in ("size", "workers", "batch", "shard_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    try:
+        images = find_images(args.folder)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        index = encode_folder(
+            images, args.out, diffusers_encoder(args.vae, device), size=args.size, flips=args.flips, workers=args.workers,
+            batch=args.batch, shard_size=args.shard_size, dtype=args.dtype,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to go on", file=sys.stderr)
+        return 130
+    print(f"{args.out}: {index['images']} images, {len(index['classes'])} classes, latents {index['shape']}, {len(index['broken'])} left out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
