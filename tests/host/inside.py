@@ -135,6 +135,33 @@ def sample(nodes: dict) -> dict:
     }
 
 
+def parity(nodes: dict) -> dict[str, float]:
+    """Largest difference of GMFlow KSampler from gmflow_core's own solver over the very same network."""
+    gmflow = sys.modules["a-pack.gmflow_core"]
+    painter = Painter(nodes)
+    labels = torch.arange(10)
+
+    class Plain(torch.nn.Module):
+        """The host's network without its wrappers, as gmflow_core calls one."""
+
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.config, self.mixture = network, network.config, network.mixture
+
+        def forward(self, x, sigma, labels):
+            return gmflow.GMDiT.forward(self.network, x, sigma, labels)
+
+    found = {}
+    with torch.inference_mode():
+        for order, guidance in ((1, 0.0), (1, 0.45), (2, 0.0), (2, 0.45)):
+            hosted = painter.gm(order=order, guidance=guidance, steps=8, seed=5)
+            x = torch.randn(hosted.shape, generator=torch.manual_seed(5))
+            denoiser = gmflow.GMDenoiser(Plain(painter.model.model.diffusion_model), labels, guidance)
+            direct = gmflow.sample_gm_ode(denoiser, x, gmflow.flow_sigmas(8), order=order, substeps=16)
+            found[f"order {order}, guidance {guidance}"] = (hosted - direct).abs().max().item()
+    return found
+
+
 def compiled(nodes: dict) -> list[float]:
     """Largest mean differences that compiling makes, with and without a GM sampler, in turns."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -155,6 +182,8 @@ if TASK == "foreign":
     answer["said"] = foreign_model(pack["nodes"])
 if TASK == "sample":
     answer["sample"] = sample(pack["nodes"])
+if TASK == "parity":
+    answer["parity"] = parity(pack["nodes"])
 if TASK == "compile":
     answer["differences"] = compiled(pack["nodes"])
 print("\n" + json.dumps(answer))

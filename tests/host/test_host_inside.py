@@ -45,6 +45,13 @@ def test_half_precision_servers(host, recognised, option, dtype):
     assert recognised(torch.tensor(found["pixels"]).reshape(10, 3, 16, 16)) >= 9
 
 
+def test_a_trajectory_is_that_of_the_core(host):
+    """GM-ODE over 8 steps, the same network on both sides: every pixel within 1e-4."""
+    differences = inside(host, "parity")["parity"]
+    print(differences)
+    assert len(differences) == 4 and max(differences.values()) < 1e-4
+
+
 def test_a_compiled_model(host):
     """torch.compile of the core's node: GM sampler, core sampler and GM sampler again on one compiled network."""
     assert all(difference < 1e-3 for difference in inside(host, "compile")["differences"])
