@@ -10,7 +10,8 @@ from train.__main__ import main
 from train.config import PRESETS, override
 from train.images import ImageFolder, decode, find_images
 from train.sources import open_data
-from train.trainer import CHECKPOINT, Trainer, step_generator
+from train.step import step_generator
+from train.trainer import CHECKPOINT, Trainer
 
 CPU = torch.device("cpu")
 SMALL = ["model.sample_size=16", "model.num_layers=1", "model.num_heads=1", "model.head_dim=16", "model.logstd_width=8",

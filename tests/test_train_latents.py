@@ -16,7 +16,8 @@ from train.encode import Encoder, decode, diffusers_encoder, encode_folder
 from train.images import find_images, to_unit
 from train.latents import INDEX, Latents
 from train.sources import open_data
-from train.trainer import CHECKPOINT, Trainer, step_generator
+from train.step import step_generator
+from train.trainer import CHECKPOINT, Trainer
 
 CPU = torch.device("cpu")
 

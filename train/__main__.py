@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 from tqdm import tqdm
 
 from .config import PRESETS, TrainConfig, override
+from .images import say
 from .samples import save_samples
+from .stop import StopRequest
 from .trainer import CHECKPOINT, Trainer
 
 
@@ -31,25 +34,35 @@ def parse() -> argparse.Namespace:
 
 
 def train(trainer: Trainer) -> None:
-    """Steps until the configuration's last, with a progress bar, a log, samples and saves; Ctrl-C saves and stops."""
-    config = trainer.config
-    with tqdm(total=config.steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:
-        try:
-            while trainer.step < config.steps:
-                numbers = trainer.train_step()
-                bar.update()
-                last = trainer.step == config.steps
-                if trainer.step % config.log_every == 0 or last:
-                    bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{numbers['lr']:.1e}")
-                    trainer.log(numbers)
-                if trainer.step % config.sample_every == 0 or last:
-                    save_samples(trainer.ema, trainer.data, trainer.folder / f"samples-{trainer.step:06d}.png")
-                if trainer.step % config.save_every == 0 or last:
-                    trainer.save()
-        except KeyboardInterrupt:
-            trainer.save()
-            print(f"\nstopped at step {trainer.step}; run the same command to go on", file=sys.stderr)
-            raise SystemExit(130) from None
+    """Steps until the configuration's last, with a progress bar, a log, samples and saves.
+
+    Ctrl-C and SIGTERM end it after the current step, with a save: SystemExit with the shell's code for the signal.
+    """
+    config, folder = trainer.config, trainer.folder
+    with StopRequest() as stop, tqdm(total=config.steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:
+        while trainer.step < config.steps and not stop.signal:
+            numbers = trainer.train_step()
+            bar.update()
+            step, last = trainer.step, trainer.step == config.steps
+            if step % config.log_every == 0 or last or "skipped" in numbers:
+                bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("loss", "lr", "skipped") if name in numbers})
+                attempt("the log", lambda: trainer.log(numbers))
+            if step % config.sample_every == 0 or last:
+                attempt("samples", lambda: save_samples(trainer.ema, trainer.data, folder / f"samples-{step:06d}.png"))
+            if step % config.save_every == 0 and not last:
+                attempt("a save", trainer.save)
+        trainer.save()
+    if stop.signal:
+        print(f"stopped at step {trainer.step}, saved; run the same command to go on", file=sys.stderr)
+        raise SystemExit(128 + stop.signal)
+
+
+def attempt(what: str, write: Callable[[], None]) -> None:
+    """A full disk should not end a run: say so and go on."""
+    try:
+        write()
+    except OSError as error:
+        say(f"{what} failed: {error}; training goes on")
 
 
 def dry_run(config: TrainConfig, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
-FREE = ("data_path", "workers", "log_every", "sample_every", "save_every")
+FREE = ("data_path", "workers", "max_bad_steps", "log_every", "sample_every", "save_every")
 PATHS = ("data_path",)  # settings that are text even if they look like a number
 
 
@@ -52,6 +52,7 @@ class TrainConfig:
     clip_from: int = 1000                    # the first steps have large, harmless gradients
     ema_decay: float = 0.9999
     precision: str = "bf16"                  # autocast of the network; or "float32". Mixtures are always float32
+    max_bad_steps: int = 10                  # give up after so many steps in a row whose loss or gradient is not finite
     seed: int = 0
     # reports
     log_every: int = 50
@@ -66,7 +67,7 @@ class TrainConfig:
         _one_of(self, "time_distribution", ("logit-normal", "uniform"))
         _one_of(self, "lr_decay", ("constant", "cosine"))
         _one_of(self, "precision", ("bf16", "float32"))
-        for name in ("steps", "batch_size", "workers", "log_every", "sample_every", "save_every"):
+        for name in ("steps", "batch_size", "workers", "max_bad_steps", "log_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("warmup", "clip_from", "weight_decay", "spectral_weight"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from gmflow_core.convert import SD_VAE_SCALE
 
+from .files import write_atomically
 from .images import ImageList, decode, find_images, say, to_unit
 from .latents import FORMAT, INDEX
 
@@ -171,18 +171,6 @@ def finished(path: Path) -> dict | None:
 
 def write_json(path: Path, value) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``path`` and rename, so that a file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def parse() -> argparse.Namespace:
