@@ -116,7 +116,7 @@ def save_trace(trace: Trace, path) -> None:
 # ---- numbers -----------------------------------------------------------------------------------
 
 def statistics(trace: Trace, image: int = 0) -> dict:
-    """Numbers of every step of one image, plain and small (see docs/statistics.md).
+    """Numbers of every step of one image, plain and small (docs/statistics.md says what each is).
 
     Entropy in bits, standard deviations and shifts (root mean square over channels) in units of x_0, KL in nats.
     """

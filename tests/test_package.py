@@ -1,10 +1,13 @@
 """What the registry's package would hold, read as ``comfy node pack`` reads it: git's files less .comfyignore."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pathspec
@@ -44,6 +47,20 @@ def test_everything_that_a_user_needs_is_there_and_nothing_else():
     assert folders == {"gmflow_core", "nodes", "models", "web", "locales", "workflows"}
     assert not [name for name in names if name.startswith("workflows/") and name.endswith(".py")]
     assert sum((ROOT / name).stat().st_size for name in names) < 16e6
+
+
+@pytest.mark.skipif(shutil.which("comfy") is None, reason="needs comfy-cli")
+def test_comfy_cli_packs_the_same(tmp_path):
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], check=True)
+    environment = os.environ | {"DO_NOT_TRACK": "1", "HOME": str(tmp_path)}
+    for verb in ("validate", "pack"):
+        command = ["comfy", "--skip-prompt", "node", verb]
+        done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    packed = set(zipfile.ZipFile(tmp_path / "clone" / "node.zip").namelist())
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
+    tracked = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert packed == {name for name in tracked.stdout.splitlines() if not ignored.match_file(name)}
 
 
 def test_no_example_workflows_folder_hides_ours():
