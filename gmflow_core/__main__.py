@@ -141,8 +141,8 @@ def run_sample(args) -> None:
 def run_inspect(args) -> None:
     import json
 
-    from .panels import draw, statistics
-    from .trace import Recorder, save_trace
+    from .panels import draw
+    from .trace import Recorder, save_trace, statistics
 
     checkpoint, labels = open_checkpoint(args)
     if labels is None or getattr(checkpoint.config, "sample_size", None) is None:

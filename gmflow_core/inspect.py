@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .mixture import GaussianFactor, GaussianMixture
 
+# Points of a clustering: enough for a picture, whatever its size.
+MAX_POINTS = 8192
+
 
 def weight_entropy(mixture: GaussianMixture) -> Tensor:
     r"""-sum_k w_k log2 w_k in bits, from 0 (decided) to log2 K: (B,*S)."""
@@ -148,8 +151,10 @@ def cluster(means: Tensor, weights: Tensor, count: int, iterations: int = 20) ->
     """Centres (count,C) of a weighted k-means of (...,C) points with weights (...), by falling weight.
 
     Started from farthest points: each next centre is the point of largest weighted squared distance.
+    Of more than MAX_POINTS points, those of evenly spaced pixels (the first axis) are used.
     """
-    points, weights = means.flatten(0, -2), weights.flatten()
+    stride = -(-weights.numel() // MAX_POINTS)
+    points, weights = means[::stride].flatten(0, -2), weights[::stride].flatten()
     centres = ((weights[:, None] * points).sum(0) / weights.sum())[None]
     for i in range(count):
         gap = torch.cdist(points, centres).amin(1)

@@ -16,7 +16,7 @@ from .charts import Series, component_colour, legend, line_chart, marginal_chart
 from .inspect import dominance, dominant_component, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy
 from .mixture import GaussianMixture
 from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet, to_uint8
-from .trace import Trace, TraceStep, pick, statistics
+from .trace import Trace, TraceStep, pick, step_statistics
 
 ORDERS = ("aligned", "ranked", "raw")
 PANEL = 192  # pixels of one picture's longer side, at least
@@ -179,7 +179,7 @@ def _guidance(scene: Scene):
 
 
 def _charts(scene: Scene) -> list:
-    steps = statistics(scene.trace, scene.image)["steps"]
+    steps = [step_statistics(scene.trace, index, scene.image) for index in range(len(scene.trace.steps))]
     sigmas = [s["sigma"] for s in steps]
 
     def of(name: str, label: str, band: bool = True) -> Series:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .guidance import Guided
 from .inspect import (
-    align, dominance, effective_components, mean_weights, spread, tilt_divergence, weight_entropy,
+    align, dominance, mean_weights, spread, tilt_divergence, weight_entropy,
 )
 from .mixture import GaussianFactor, GaussianMixture
 from .solver import StepInfo
@@ -120,24 +120,29 @@ def statistics(trace: Trace, image: int = 0) -> dict:
 
     Entropy in bits, standard deviations and shifts (root mean square over channels) in units of x_0, KL in nats.
     """
-    return {"format": 1, "image": image, "steps": [_step_statistics(trace, i, image) for i in range(len(trace.steps))]}
+    steps = []
+    for index in range(len(trace.steps)):
+        aligned = align(pick(trace, index, image).corrected)
+        steps.append(step_statistics(trace, index, image) | {
+            "weights": [_number(v) for v in mean_weights(aligned)[0].tolist()],
+            "dominance": [_number(v) for v in dominance(aligned)[0].tolist()],
+        })
+    return {"format": 1, "image": image, "steps": steps}
 
 
-def _step_statistics(trace: Trace, index: int, image: int) -> dict:
+def step_statistics(trace: Trace, index: int, image: int) -> dict:
+    """The numbers of one step that need no alignment of its components."""
     chosen = pick(trace, index, image)
     mixture = chosen.corrected
     bits, parts = weight_entropy(mixture), spread(mixture)
-    aligned = align(mixture)
     shift = lambda a, b: _summary((a.mean() - b.mean()).square().mean(1).sqrt())  # noqa: E731
     return {
         "step": index, "sigma": _number(chosen.sigma), "sigma_next": _number(chosen.sigma_next),
-        "entropy_bits": _summary(bits), "effective_components": _summary(effective_components(mixture)),
+        "entropy_bits": _summary(bits), "effective_components": _summary(torch.exp2(bits)),
         "log_std": _number(float(mixture.log_std.flatten()[0])),
         "std_within": _number(float(parts.within.flatten()[0])), "std_between": _summary(parts.between),
         "guidance_shift": shift(chosen.guided, chosen.conditional), "correction_shift": shift(mixture, chosen.guided),
         "guidance_kl": None if chosen.divergence is None else _summary(chosen.divergence),
-        "weights": [_number(v) for v in mean_weights(aligned)[0].tolist()],
-        "dominance": [_number(v) for v in dominance(aligned)[0].tolist()],
     }
 
 
