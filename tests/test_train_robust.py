@@ -173,7 +173,8 @@ def test_a_bad_step_is_skipped_and_kept(tmp_path, capsys):
     assert numbers["step"] == 3 and numbers["skipped"] == 1
     assert all(torch.equal(value, before[name]) for name, value in trainer.nets.state_dict().items())
     trainer.log(numbers)
-    assert lines(tmp_path)[-1] | {"grad_norm": None} == {"step": 3, "loss": None, "grad_norm": None, "skipped": 1}
+    line = lines(tmp_path)[-1]
+    assert (line["step"], line["loss"], line["skipped"]) == (3, None, 1)
     for _ in range(3):
         trainer.train_step()
     assert trainer.skipped == 2 and trainer.skipped_in_a_row == 0 and trainer.step == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,11 @@ from tqdm import tqdm
 
 from .config import PRESETS, TrainConfig, override
 from .images import say
+from .runlog import short
 from .samples import save_samples
 from .stop import StopRequest
+from .team import Team, leave
+from .throughput import forward_flops
 from .trainer import CHECKPOINT, Trainer
 
 
@@ -34,27 +38,45 @@ def parse() -> argparse.Namespace:
 
 
 def train(trainer: Trainer) -> None:
-    """Steps until the configuration's last, with a progress bar, a log, samples and saves.
+    """Steps until the configuration's last; the first of a team keeps a progress bar, a log, samples and saves.
 
     Ctrl-C and SIGTERM end it after the current step, with a save: SystemExit with the shell's code for the signal.
     """
-    config, folder = trainer.config, trainer.folder
-    with StopRequest() as stop, tqdm(total=config.steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:
-        while trainer.step < config.steps and not stop.signal:
+    config, team = trainer.config, trainer.team
+    with (
+        StopRequest(patient=team.size > 1) as stop,
+        tqdm(total=config.steps, initial=trainer.step, unit="step", smoothing=0.05, disable=not team.first) as bar,
+    ):
+        while trainer.step < config.steps and not team.any(stop.signal):
             numbers = trainer.train_step()
             bar.update()
-            step, last = trainer.step, trainer.step == config.steps
-            if step % config.log_every == 0 or last or "skipped" in numbers:
-                bar.set_postfix({name: f"{numbers[name]:.3g}" for name in ("loss", "lr", "skipped") if name in numbers})
-                attempt("the log", lambda: trainer.log(numbers))
-            if step % config.sample_every == 0 or last:
-                attempt("samples", lambda: save_samples(trainer.ema, trainer.data, folder / f"samples-{step:06d}.png"))
-            if step % config.save_every == 0 and not last:
-                attempt("a save", trainer.save)
-        trainer.save()
-    if stop.signal:
-        print(f"stopped at step {trainer.step}, saved; run the same command to go on", file=sys.stderr)
-        raise SystemExit(128 + stop.signal)
+            if team.first:
+                report(trainer, numbers, bar)
+        if team.first:
+            trainer.save()
+        team.wait()
+        if trainer.step < config.steps:
+            if team.first:
+                print(f"stopped at step {trainer.step}, saved; run the same command to go on", file=sys.stderr)
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+
+
+SHOWN = {"loss": "loss", "lr": "lr", "images_per_second": "images/s", "mfu": "MFU", "memory_gb": "GB", "skipped": "skipped"}
+
+
+def report(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
+    """What is due after a step: a line in the log, samples, a save."""
+    config, step = trainer.config, trainer.step
+    last = step == config.steps
+    if step % config.log_every == 0 or last or "skipped" in numbers:
+        numbers = numbers | trainer.speed.report(step, trainer.seconds)
+        attempt("the log", lambda: trainer.log(numbers))
+        bar.set_postfix({label: f"{numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers})
+    if step % config.sample_every == 0 or last:
+        path = trainer.folder / f"samples-{step:06d}.png"
+        attempt("samples", lambda: save_samples(trainer.ema, trainer.data, path, device=trainer.device))
+    if step % config.save_every == 0 and not last:  # the last save is train's: it must not fail
+        attempt("a save", trainer.save)
 
 
 def attempt(what: str, write: Callable[[], None]) -> None:
@@ -65,12 +87,16 @@ def attempt(what: str, write: Callable[[], None]) -> None:
         say(f"{what} failed: {error}; training goes on")
 
 
-def dry_run(config: TrainConfig, device: torch.device) -> None:
-    """The settings, the size of the networks and the numbers of one step; nothing is written."""
-    print(json.dumps(config.to_dict(), indent=2))
-    trainer = Trainer(replace(config, batch_size=min(config.batch_size, 16)), None, device)
-    print(f"{sum(p.numel() for p in trainer.nets.parameters()):,} parameters on {device}")
-    print(json.dumps(trainer.train_step()))
+def dry_run(config: TrainConfig, team: Team) -> None:
+    """The settings, the size of the networks and the numbers of one small step; nothing is written."""
+    size = max(1, min(config.batch_size, 16) // team.size) * team.size
+    trainer = Trainer(replace(config, batch_size=size, accumulate=1), None, team.device, team)
+    numbers = trainer.train_step()
+    if team.first:
+        print(json.dumps(replace(trainer.config, batch_size=config.batch_size, accumulate=config.accumulate).to_dict(), indent=2))
+        flops = forward_flops(trainer.config.model)
+        print(f"{sum(p.numel() for p in trainer.nets.parameters()):,} parameters on {team.device}, {flops / 1e9:.3g} GFLOP a sample")
+        print(json.dumps({name: short(value) for name, value in numbers.items()}))
 
 
 def main() -> int:
@@ -80,18 +106,21 @@ def main() -> int:
     try:
         data = [f"data_path={args.data}"] if args.data else []
         config = override(PRESETS[args.preset], data + args.settings)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        team = Team.join(args.device)
         if args.dry_run:
-            dry_run(config, device)
+            dry_run(config, team)
             return 0
-        trainer = Trainer(config, args.out or Path("runs") / args.preset, device)
+        trainer = Trainer(config, args.out or Path("runs") / args.preset, team.device, team)
         train(trainer)
-        if args.export:
+        if args.export and team.first:
             trainer.save_checkpoint(args.export, torch.float16)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"checkpoint: {args.export or trainer.folder / CHECKPOINT}")
+    finally:
+        leave()
+    if team.first:
+        print(f"checkpoint: {args.export or trainer.folder / CHECKPOINT}")
     return 0
 
 

@@ -11,7 +11,8 @@ from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
-FREE = ("data_path", "workers", "max_bad_steps", "log_every", "sample_every", "save_every")
+FREE = ("data_path", "workers", "accumulate", "ema_device", "checkpoint_activations", "compile", "tf32", "max_bad_steps",
+        "log_every", "sample_every", "save_every")
 PATHS = ("data_path",)  # settings that are text even if they look like a number
 
 
@@ -42,7 +43,9 @@ class TrainConfig:
     time_shift: float = 1.0
     # optimizer
     steps: int = 200_000
-    batch_size: int = 4096
+    batch_size: int = 4096                   # of all processes together
+    accumulate: int = 1                      # a process takes its part of a batch in so many pieces, to save memory
+    optimizer: str = "adamw"                 # or "adamw8bit", of bitsandbytes or torchao
     lr: float = 2e-4
     lr_decay: str = "constant"               # or "cosine": to zero at the last step
     betas: tuple[float, float] = (0.9, 0.95)
@@ -53,6 +56,10 @@ class TrainConfig:
     ema_decay: float = 0.9999
     precision: str = "bf16"                  # autocast of the network; or "float32". Mixtures are always float32
     max_bad_steps: int = 10                  # give up after so many steps in a row whose loss or gradient is not finite
+    ema_device: str = "same"                 # or "cpu", to save memory on the GPU
+    checkpoint_activations: bool = False     # compute them again in the backward pass: a third slower, much less memory
+    compile: bool = False                    # torch.compile of the network
+    tf32: bool = True                        # matrix products of float32 in TF32 on CUDA
     seed: int = 0
     # reports
     log_every: int = 50
@@ -67,7 +74,9 @@ class TrainConfig:
         _one_of(self, "time_distribution", ("logit-normal", "uniform"))
         _one_of(self, "lr_decay", ("constant", "cosine"))
         _one_of(self, "precision", ("bf16", "float32"))
-        for name in ("steps", "batch_size", "workers", "max_bad_steps", "log_every", "sample_every", "save_every"):
+        _one_of(self, "optimizer", ("adamw", "adamw8bit"))
+        _one_of(self, "ema_device", ("same", "cpu"))
+        for name in ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("warmup", "clip_from", "weight_decay", "spectral_weight"):

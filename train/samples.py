@@ -17,19 +17,22 @@ CLASSES = 10  # at most so many rows
 
 
 @torch.no_grad()
-def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8) -> None:
+def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, device: torch.device | None = None) -> None:
     """GM-ODE samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points.
 
-    Of many classes ten are shown; of latents the first three channels.
+    Of many classes ten are shown; of latents the first three channels. The networks sample on ``device``
+    and go back to their own.
     """
     model, generator = nets["model"], torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
+    home = next(model.parameters()).device
+    device = device or home
     flat = len(data.shape) == 1
     labels = None if flat else shown_classes(model.config.num_classes).repeat_interleave(per_class).to(device)
     count = 4096 if flat else len(labels)
     x = torch.randn((count, *data.shape), generator=generator).to(device)
-    denoiser = GMDenoiser(model, labels)
+    denoiser = GMDenoiser(model.to(device), labels)
     x = sample_gm_ode(denoiser, x, flow_sigmas(STEPS), substeps=default_substeps(STEPS)).cpu()
+    model.to(home)
     picture = scatter(x, 4.5) if flat else image_grid(x, per_class, scale=math.ceil(32 / x.shape[-1]))
     picture.save(path)
 

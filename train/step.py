@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GaussianMixture, SpectrumMLP, mixture_nll, spectral_loss, transition_loss
 from gmflow_core.model.layers import explicit_attention, sdpa
@@ -17,6 +20,12 @@ from gmflow_core.schedule import training_sigmas
 
 from .config import TrainConfig
 from .data import Dataset
+
+
+def prepare(device: torch.device, tf32: bool) -> None:
+    """Settings of the process."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def build(config: TrainConfig, device: torch.device) -> nn.ModuleDict:
@@ -33,6 +42,12 @@ def build(config: TrainConfig, device: torch.device) -> nn.ModuleDict:
     for net in nets.values():
         net.init_weights()
     return nets.to(device)
+
+
+def recompute_activations(model: GMDiT) -> None:
+    """Let every block keep only its input and compute the rest again in the backward pass."""
+    for block in model.transformer_blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # ---- what a step draws -------------------------------------------------------------------------
@@ -95,6 +110,17 @@ def losses(nets: nn.ModuleDict, config: TrainConfig, inputs: Inputs) -> dict[str
     return terms | usage(velocity)
 
 
+class Objective(nn.Module):
+    """:func:`losses` as a module, which is what a team can wrap."""
+
+    def __init__(self, nets: nn.ModuleDict, config: TrainConfig):
+        super().__init__()
+        self.nets, self.config = nets, config
+
+    def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        return losses(self.nets, self.config, inputs)
+
+
 def predict(model: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None, precision: str) -> GaussianMixture:
     """The velocity mixture, the network under autocast and the mixture in float32."""
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -146,6 +172,28 @@ def parameter_groups(nets: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+def make_optimizer(config: TrainConfig, nets: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a run; ValueError if its package is not installed."""
+    groups, options = parameter_groups(nets, config.weight_decay), {"lr": config.lr, "betas": config.betas}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    for package in ("bitsandbytes", "torchao") if device.type == "cuda" else ("torchao",):
+        try:
+            return import_module(f"{package}.optim").AdamW8bit(groups, **options)
+        except ImportError:
+            pass
+    raise ValueError(f"optimizer adamw8bit on {device.type} needs a package: python -m pip install "
+                     f"{'bitsandbytes' if device.type == 'cuda' else 'torchao'}; or --set optimizer=adamw")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's are tensors and must stay the same ones
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then constant or a cosine to zero at the last step."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -157,4 +205,5 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def update_ema(ema: nn.Module, nets: nn.Module, decay: float, step: int) -> None:
     """ema <- d ema + (1 - d) weights, with d = min(decay, (1 + n)/(10 + n)) so that it forgets the start."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in nets.parameters()], 1 - decay)
+    averages = list(ema.parameters())
+    torch._foreach_lerp_(averages, [p.detach().to(averages[0].device) for p in nets.parameters()], 1 - decay)

@@ -18,7 +18,12 @@ from .files import not_written, write_atomically
 from .images import say
 from .runlog import LOG, RunLog
 from .sources import open_data
-from .step import Inputs, build, figures, learning_rate, losses, parameter_groups, step_inputs, tally, update_ema
+from .step import (
+    Inputs, Objective, build, figures, learning_rate, make_optimizer, prepare, recompute_activations, set_learning_rate,
+    step_inputs, tally, update_ema,
+)
+from .team import Team
+from .throughput import Speed
 
 STATE = "state.pt"
 CHECKPOINT = "checkpoint.safetensors"
@@ -28,26 +33,37 @@ __all__ = ["CHECKPOINT", "LOG", "STATE", "Trainer"]
 class Trainer:
     """A run in a folder: ``state.pt`` (resume), ``checkpoint.safetensors`` (EMA, for the loader), ``log.jsonl``.
 
-    Without a folder nothing is written or resumed.
+    Without a folder nothing is written or resumed. In a team every member is a trainer, and all of them
+    have the same weights at every step.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path | None, device: torch.device):
-        self.folder, self.device = folder, device
+    def __init__(self, config: TrainConfig, folder: Path | None, device: torch.device, team: Team | None = None):
+        self.folder, self.device, self.team = folder, device, team or Team(device)
+        pieces = self.team.size * config.accumulate
+        if config.batch_size % pieces:
+            raise ValueError(f"batch_size {config.batch_size} does not split into {pieces} equal pieces: "
+                             f"{self.team.size} processes, accumulate={config.accumulate}")
         self.data, config = open_data(config)
         self.config = config
-        self.nets, self.ema = build(config, device), build(config, device).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.nets, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
-        )
+        prepare(device, config.tf32)
+        self.nets = build(config, device)
+        self.ema = build(config, device if config.ema_device == "same" else torch.device("cpu")).requires_grad_(False)
+        self.optimizer = make_optimizer(config, self.nets, device)
         self.step, self.seconds, self.smooth_loss = 0, 0.0, None
         self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite
-        self.inputs = Ahead(lambda step: step_inputs(self.config, self.data, step))
+        self.inputs = Ahead(lambda step: step_inputs(self.config, self.data, step, self.team.part(config.batch_size)))
         self.run_log = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.run_log = RunLog(folder, max(config.log_every, config.steps // 20))
             if (folder / STATE).exists():
                 self._resume()
+        if config.checkpoint_activations:
+            recompute_activations(self.nets["model"])
+        if config.compile:
+            self.nets["model"].compile()
+        self.objective = self.team.wrap(Objective(self.nets, config))
+        self.speed = Speed(config, self.team, self.step, self.seconds)
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -56,17 +72,22 @@ class Trainer:
         config, start = self.config, time.perf_counter()
         inputs = self.inputs.take(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        terms = losses(self.nets, config, inputs.map(lambda value: value.to(self.device)))
-        terms["loss"].mean().backward()
-        numbers = figures(tally(terms))
+        loss, sums = [], {}
+        for piece in inputs.split(config.accumulate):
+            with self.team.alone(self.objective, len(loss) + 1 < config.accumulate):
+                terms = self.objective(piece.map(lambda value: value.to(self.device, non_blocking=True)))
+                (terms["loss"].mean() / config.accumulate).backward()
+            loss.append(terms["loss"].detach())
+            sums = {name: sums.get(name, 0) + value for name, value in tally(terms).items()}
+        numbers = figures(self.team.sum(sums))
         limit = config.clip_norm if self.step >= config.clip_from else float("inf")
         # Each network by itself: neither loss reaches the other's weights, so neither should scale its steps.
         norms = {name: nn.utils.clip_grad_norm_(net.parameters(), limit).item() for name, net in self.nets.items()}
         if not all(map(math.isfinite, (numbers["loss"], *norms.values()))):
-            return self._skip(inputs, terms["loss"].detach(), numbers["loss"], norms)
+            self.seconds += time.perf_counter() - start
+            return self._skip(inputs, torch.cat(loss).cpu(), numbers["loss"], norms)
         lr = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         update_ema(self.ema, self.nets, config.ema_decay, self.step)
         self.step, self.skipped_in_a_row = self.step + 1, 0
@@ -79,13 +100,19 @@ class Trainer:
         """Leave the weights as they are; keep the inputs of the first such step; give up after too many in a row."""
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         what = f"loss {mean:g}, gradient {', '.join(f'{name} {norm:g}' for name, norm in norms.items())}"
-        kept = f"nan_step_{self.step}.pt"
-        if self.folder is not None and not any(self.folder.glob("nan_step_*.pt")):
-            batch = {"x_0": inputs.x_0, "labels": inputs.labels, "sigma": inputs.sigma, "noises": list(inputs.noises), "loss": loss.cpu()}
+        mine = not loss.isfinite().all() or (math.isfinite(mean) and self.team.first)  # of a team, whose part it is keeps it
+        suffix = f"_rank{self.team.rank}.pt" if self.team.size > 1 else ".pt"
+        if mine and self.folder is not None and not any(self.folder.glob("nan_step_*" + suffix)):
+            kept = self.folder / f"nan_step_{self.step}{suffix}"
+            batch = {"x_0": inputs.x_0, "labels": inputs.labels, "sigma": inputs.sigma, "noises": list(inputs.noises), "loss": loss}
             content = {"step": self.step, "seed": self.config.seed, "grad_norm": norms, **batch}
-            write_atomically(self.folder / kept, lambda path: torch.save(content, path))
-            what += f"; its inputs are in {self.folder / kept}"
-        say(f"step {self.step} is skipped, not finite: {what}")
+            try:
+                write_atomically(kept, lambda path: _save(content, path))
+                what += f"; its inputs are in {kept}"
+            except OSError as error:
+                what += f"; {error}"
+        if mine or self.team.first:
+            say(f"step {self.step} is skipped, not finite: {what}")
         if self.skipped_in_a_row >= self.config.max_bad_steps:
             first = self.step - self.skipped_in_a_row + 1
             raise FloatingPointError(
@@ -124,7 +151,7 @@ class Trainer:
         config = self.config.to_dict()
         return {
             "step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1),
-            "skipped": self.skipped, "device": self.device.type, "torch": torch.__version__,
+            "skipped": self.skipped, "processes": self.team.size, "device": self.device.type, "torch": torch.__version__,
             "log": self.run_log.history if self.run_log else [],
             "config": {k: v for k, v in config.items() if k not in ("model", "spectrum", *PATHS)},
         }
@@ -150,7 +177,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.smooth_loss = state["step"], state["seconds"], state["smooth_loss"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
-        self.run_log.resume(self.step, state["history"])
+        if self.team.first:
+            self.run_log.resume(self.step, state["history"])
 
     def log(self, numbers: dict) -> None:
         """One line in the log."""

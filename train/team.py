@@ -1,0 +1,83 @@
+"""Several processes that train one model, as torchrun starts them; without torchrun a team of one."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's place. Each member works on its part of every batch; the first alone writes."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: str | None) -> Team:
+        """The team that torchrun's environment names, on the device asked for: by default CUDA where there is one."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        if size == 1:
+            return cls(torch.device(device))
+        if device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+                                 "start no more processes (--nproc_per_node) than GPUs, or give --device cpu")
+            torch.cuda.set_device(local)
+            device = f"cuda:{local}"
+        elif device != "cpu":
+            raise ValueError(f"several processes train on cuda or cpu, not on {device}")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(torch.device(device), dist.get_rank(), size)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def part(self, batch_size: int) -> slice:
+        """This member's samples of a batch."""
+        share = batch_size // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """A module whose backward pass averages gradients over the team."""
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def alone(self, module: nn.Module, yes: bool):
+        """A context in which, if ``yes``, the backward pass keeps its gradients to itself."""
+        return module.no_sync() if yes and self.size > 1 else nullcontext()
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each tensor summed over the team."""
+        if self.size == 1:
+            return values
+        flat = torch.cat([value.flatten() for value in values.values()])
+        dist.all_reduce(flat)
+        parts = flat.split([value.numel() for value in values.values()])
+        return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts)}
+
+    def any(self, flag) -> bool:
+        """True for every member if it is for one."""
+        return bool(self.sum({"flag": torch.tensor([float(bool(flag))], device=self.device)})["flag"] > 0) if self.size > 1 else bool(flag)
+
+    def wait(self) -> None:
+        """Until all members are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def leave() -> None:
+    """The end of a team, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
