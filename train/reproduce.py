@@ -72,7 +72,7 @@ def trained(config: TrainConfig, folder: Path, device: torch.device, name: str) 
             numbers = trainer.train_step()
             bar.update()
             if trainer.step % config.log_every == 0 or trainer.step == config.steps:
-                bar.set_postfix(loss=f"{numbers['loss_smooth']:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
                 trainer.log(numbers)
             if trainer.step % config.save_every == 0 or trainer.step == config.steps:
                 trainer.save()
