@@ -27,6 +27,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train", description="Train a GMFlow checkpoint.")
     parser.add_argument("--preset", required=True, choices=sorted(PRESETS), help="what to train")
     parser.add_argument("--data", metavar="FOLDER", help="folder of the data, for presets that need one (sets data_path)")
+    parser.add_argument("--init-from", metavar="FILE",
+                        help="start from a GMFlow checkpoint of any K, or from a DiT in diffusers' layout (sets init_from)")
     parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[],
                         help="change one setting, e.g. steps=500 or model.num_layers=4; may be repeated")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/PRESET)")
@@ -104,8 +106,9 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        data = [f"data_path={args.data}"] if args.data else []
-        config = override(PRESETS[args.preset], data + args.settings)
+        paths = {"data_path": args.data, "init_from": args.init_from}
+        settings = [f"{key}={path}" for key, path in paths.items() if path] + args.settings
+        config = override(PRESETS[args.preset], settings)
         team = Team.join(args.device)
         if args.dry_run:
             dry_run(config, team)

@@ -11,9 +11,9 @@ from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
-FREE = ("data_path", "workers", "accumulate", "ema_device", "checkpoint_activations", "compile", "tf32", "max_bad_steps",
+FREE = ("init_from", "data_path", "workers", "accumulate", "ema_device", "checkpoint_activations", "compile", "tf32", "max_bad_steps",
         "log_every", "sample_every", "save_every")
-PATHS = ("data_path",)  # settings that are text even if they look like a number
+PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class TrainConfig:
     data: str                                # one of DATASETS
     model: GMDiTConfig | GMMLPConfig
     spectrum: SpectrumConfig | None = None   # trained beside the model when given
+    init_from: str | None = None             # a GMFlow checkpoint or a diffusers DiT to start from; see train.initialise
     # data from files
     data_path: str | None = None             # the folder
     classes: str = "model"                   # or "data": model.num_classes becomes what the data has
@@ -134,9 +135,19 @@ _DIGITS = TrainConfig(
     weight_decay=0.01, ema_decay=0.999,
 )
 
+# The published recipe for ImageNet 256x256; 512 images a GPU on eight of them. Its data are latents of Stable Diffusion's VAE.
+_IMAGENET = TrainConfig(
+    data="latents", model=GMDiTConfig(), spectrum=SpectrumConfig(), optimizer="adamw8bit", checkpoint_activations=True,
+)
+
+# DiT's smaller sizes (Peebles & Xie 2023) on latents of any classes, for one GPU.
+_DIT_S = GMDiTConfig(num_layers=12, num_heads=6, head_dim=64, logstd_width=384)
+_DIT_B = GMDiTConfig(num_layers=12, num_heads=12, head_dim=64, logstd_width=768)
+_ONE_GPU = replace(_IMAGENET, classes="data", optimizer="adamw", checkpoint_activations=False, steps=400_000, batch_size=256, lr=1e-4)
+
 _IMAGES = TrainConfig(  # DiT-S on small pictures of your own
     data="imagefolder", classes="data",
-    model=GMDiTConfig(in_channels=3, sample_size=64, patch_size=4, num_layers=12, num_heads=6, head_dim=64, logstd_width=384),
+    model=replace(_DIT_S, in_channels=3, sample_size=64, patch_size=4),
     spectrum=SpectrumConfig(base_size=(3, 64, 64), layers=(64, 8)),
     steps=100_000, batch_size=128, lr=2e-4,
 )
@@ -155,7 +166,12 @@ PRESETS: dict[str, TrainConfig] = {
         _DIGITS, loss="l2", spectrum=None, model=replace(_DIGITS_NET, num_gaussians=1, constant_logstd=0.0)
     ),
     "checkerboard": _CHECKERBOARD,
+    **{f"checkerboard-k{k}": replace(_CHECKERBOARD, model=GMMLPConfig(num_gaussians=k)) for k in (1, 8, 64)},
+    "checkerboard-vanilla": replace(_CHECKERBOARD, loss="l2", model=GMMLPConfig(num_gaussians=1, constant_logstd=0.0)),
     "images64": _IMAGES,
+    "dit-s2": replace(_ONE_GPU, model=_DIT_S),
+    "dit-b2": replace(_ONE_GPU, model=_DIT_B),
+    "imagenet256-dit-xl2-k8": _IMAGENET,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from gmflow_core import save_checkpoint
 from .config import PATHS, TrainConfig, changes
 from .files import not_written, write_atomically
 from .images import say
+from .initialise import initialise
 from .runlog import LOG, RunLog
 from .sources import open_data
 from .step import (
@@ -47,7 +49,10 @@ class Trainer:
         self.config = config
         prepare(device, config.tf32)
         self.nets = build(config, device)
-        self.ema = build(config, device if config.ema_device == "same" else torch.device("cpu")).requires_grad_(False)
+        resumed = folder is not None and (folder / STATE).exists()
+        if config.init_from is not None and not resumed:
+            initialise(self.nets, config, config.init_from)
+        self.ema = copy.deepcopy(self.nets).to(device if config.ema_device == "same" else "cpu").requires_grad_(False)
         self.optimizer = make_optimizer(config, self.nets, device)
         self.step, self.seconds, self.smooth_loss = 0, 0.0, None
         self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite
@@ -56,7 +61,7 @@ class Trainer:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.run_log = RunLog(folder, max(config.log_every, config.steps // 20))
-            if (folder / STATE).exists():
+            if resumed:
                 self._resume()
         if config.checkpoint_activations:
             recompute_activations(self.nets["model"])
@@ -153,6 +158,7 @@ class Trainer:
             "step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1),
             "skipped": self.skipped, "processes": self.team.size, "device": self.device.type, "torch": torch.__version__,
             "log": self.run_log.history if self.run_log else [],
+            "init_from": config["init_from"] and Path(config["init_from"]).name,
             "config": {k: v for k, v in config.items() if k not in ("model", "spectrum", *PATHS)},
         }
 
