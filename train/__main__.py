@@ -55,6 +55,7 @@ def train(trainer: Trainer) -> None:
             if team.first:
                 report(trainer, numbers, bar)
         if team.first:
+            trainer.run_log.close()
             trainer.save()
         team.wait()
         if trainer.step < config.steps:
@@ -75,10 +76,14 @@ def report(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
         attempt("the log", lambda: trainer.log(numbers))
         bar.set_postfix({label: f"{numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers})
     if step % config.sample_every == 0 or last:
-        path = trainer.folder / f"samples-{step:06d}.png"
-        attempt("samples", lambda: save_samples(trainer.ema, trainer.data, path, device=trainer.device))
+        attempt("samples", lambda: draw_samples(trainer))
     if step % config.save_every == 0 and not last:  # the last save is train's: it must not fail
         attempt("a save", trainer.save)
+
+
+def draw_samples(trainer: Trainer) -> None:
+    path = trainer.folder / f"samples-{trainer.step:06d}.png"
+    trainer.run_log.picture(save_samples(trainer.ema, trainer.data, path, device=trainer.device), trainer.step)
 
 
 def attempt(what: str, write: Callable[[], None]) -> None:

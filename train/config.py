@@ -12,7 +12,7 @@ DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
 FREE = ("init_from", "data_path", "workers", "accumulate", "ema_device", "checkpoint_activations", "compile", "tf32", "max_bad_steps",
-        "log_every", "sample_every", "save_every")
+        "log_every", "sample_every", "save_every", "tensorboard")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
 
 
@@ -66,6 +66,7 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 1000
     save_every: int = 500
+    tensorboard: bool = True                 # scalars and samples for TensorBoard, if it is installed
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))

@@ -1,4 +1,4 @@
-"""The log of a run: ``log.jsonl``, a line of JSON for each report."""
+"""The log of a run: ``log.jsonl``, a line of JSON for each report, and the same for TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import math
 from pathlib import Path
 
 LOG = "log.jsonl"
+BOARD = "tensorboard"
 
 
 class RunLog:
     """Appends lines; a sparse copy of the smoothed loss (``history``) goes into the checkpoint."""
 
-    def __init__(self, folder: Path, history_every: int):
+    def __init__(self, folder: Path, history_every: int, tensorboard: bool):
         self.path, self.every, self.history = folder / LOG, history_every, []
+        self.wants_board, self.board = tensorboard, None
 
     def resume(self, step: int, history: list) -> None:
         """Go on after a step: what was written later is dropped."""
@@ -25,6 +27,33 @@ class RunLog:
             file.write(json.dumps({k: short(v) for k, v in numbers.items()}) + "\n")
         if numbers["step"] % self.every == 0 and "loss_smooth" in numbers:
             self.history.append([numbers["step"], short(numbers["loss_smooth"])])
+        if board := self.open_board(numbers["step"]):
+            for name, value in numbers.items():
+                if name != "step":
+                    board.add_scalar(name, value, numbers["step"])
+
+    def picture(self, image, step: int) -> None:
+        """A Pillow image, for TensorBoard alone."""
+        import numpy as np
+
+        if board := self.open_board(step):
+            board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+
+    def open_board(self, step: int):
+        """TensorBoard's writer, opened at the first report of a process: what is there of later steps is hidden. None without it."""
+        if self.wants_board and self.board is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self.wants_board = False
+            else:
+                self.board = SummaryWriter(str(self.path.parent / BOARD), purge_step=step)
+        return self.board
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+            self.board = None
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -17,11 +17,11 @@ CLASSES = 10  # at most so many rows
 
 
 @torch.no_grad()
-def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, device: torch.device | None = None) -> None:
+def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, device: torch.device | None = None):
     """GM-ODE samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points.
 
     Of many classes ten are shown; of latents the first three channels. The networks sample on ``device``
-    and go back to their own.
+    and go back to their own. Returns the picture, a Pillow image.
     """
     model, generator = nets["model"], torch.Generator().manual_seed(0)
     home = next(model.parameters()).device
@@ -35,6 +35,7 @@ def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, devi
     model.to(home)
     picture = scatter(x, 4.5) if flat else image_grid(x, per_class, scale=math.ceil(32 / x.shape[-1]))
     picture.save(path)
+    return picture
 
 
 def shown_classes(count: int) -> Tensor:

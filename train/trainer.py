@@ -60,7 +60,7 @@ class Trainer:
         self.run_log = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.run_log = RunLog(folder, max(config.log_every, config.steps // 20))
+            self.run_log = RunLog(folder, max(config.log_every, config.steps // 20), config.tensorboard)
             if resumed:
                 self._resume()
         if config.checkpoint_activations:
