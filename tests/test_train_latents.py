@@ -57,6 +57,7 @@ def test_latents_are_those_of_the_images(folder, tmp_path):
     assert [s["count"] for s in index["shards"]] == [4, 4, 3] and index["broken"] == []
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         INDEX, "plan.json", "shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors"}
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # no shard is for its owner alone
     data, images = Latents.load(tmp_path / "out"), find_images(folder)
     assert len(data) == 11 and data.latent_space.scale == 0.5 and data.latent_space.shift == 0.25
     for mirrored in (0, 1):

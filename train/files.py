@@ -13,7 +13,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside ``path`` and rename; what fails or is killed leaves the previous file. OSError that names the file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

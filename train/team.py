@@ -52,7 +52,7 @@ class Team:
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def alone(self, module: nn.Module, yes: bool):
         """A context in which, if ``yes``, the backward pass keeps its gradients to itself."""
