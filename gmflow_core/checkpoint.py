@@ -27,8 +27,8 @@ from .files import CheckpointError, State, is_pickle, is_safetensors, one_line, 
 from .model import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "LatentSpace", "RawCheckpoint", "check_finite", "check_keys", "convert",
-    "expected_shapes", "format_info", "identify", "load_checkpoint", "read_state", "save_checkpoint",
+    "Checkpoint", "CheckpointError", "LatentSpace", "RawCheckpoint", "build_network", "check_finite", "check_keys", "convert",
+    "expected_shapes", "format_info", "identify", "load_checkpoint", "read_state", "save_checkpoint", "write_safetensors",
 ]
 
 FORMAT = 1
@@ -168,10 +168,10 @@ def write(path, raw: RawCheckpoint, dtype: torch.dtype | None = None) -> None:
         text = json.dumps(header, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the training summary is not plain JSON: {one_line(error)}") from error
-    _replace(path, state, {"format": "pt", "gmflow": text})
+    write_safetensors(path, state, {"format": "pt", "gmflow": text})
 
 
-def _replace(path: Path, state: State, metadata: dict[str, str]) -> None:
+def write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
     """Write beside ``path`` and rename: a crash leaves the old file, and a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -199,14 +199,15 @@ def load_checkpoint(
     raw = _read(path, heads)
     spectrum = None
     if raw.spectrum_config is not None:
-        spectrum = _build(raw.spectrum_config, raw.spectrum_state, device, dtype, raw.path)
+        spectrum = build_network(raw.spectrum_config, raw.spectrum_state, device, dtype, raw.path)
     return Checkpoint(
-        _build(raw.config, raw.state, device, dtype, raw.path), spectrum, raw.config, raw.class_names,
+        build_network(raw.config, raw.state, device, dtype, raw.path), spectrum, raw.config, raw.class_names,
         raw.latent_space, raw.training, raw.format, raw.path,
     )
 
 
-def _build(config, state: State, device, dtype, source) -> nn.Module:
+def build_network(config, state: State, device, dtype, source) -> nn.Module:
+    """The network of a config with these weights: eval mode, no gradients."""
     # Always a copy: a tensor that stays mapped to the file dies with it when someone overwrites the file.
     state = {name: value.to(device, dtype, copy=True) for name, value in state.items()}
     check_finite(state, source)

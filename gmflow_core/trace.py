@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import write_safetensors
 from .guidance import Guided
 from .inspect import (
     align, dominance, mean_weights, spread, tilt_divergence, weight_entropy,
@@ -65,9 +66,9 @@ class Recorder:
         return tilt_divergence(guided.base.map(first), factor).to("cpu", torch.float16)
 
     def _mixtures(self, guided: Guided, posterior: GaussianMixture) -> tuple[GaussianMixture, ...]:
-        stored: dict[int, GaussianMixture] = {}  # the three are often one: keep it once
-        parts = (guided.base, guided.posterior, posterior)
-        return tuple(stored.setdefault(id(part), part.map(self._half)) for part in parts)
+        parts = {id(part): part for part in (guided.base, guided.posterior, posterior)}  # often one: kept once
+        stored = {name: part.map(self._half) for name, part in parts.items()}
+        return stored[id(guided.base)], stored[id(guided.posterior)], stored[id(posterior)]
 
     def _half(self, x: Tensor) -> Tensor:
         return x[: self.images].detach().to("cpu", torch.float16)
@@ -109,8 +110,9 @@ def save_trace(trace: Trace, path) -> None:
         if step.divergence is not None:
             tensors[f"step_{i:03d}.guidance_kl"] = step.divergence
     header = {"format": 1, "sigmas": [step.sigma for step in trace.steps]}
-    save_file({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, path,
-              {"gmflow_trace": json.dumps(header)})
+    # Cloned: one mixture may be guided and corrected at once, and a file shares no memory.
+    tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    write_safetensors(Path(path), tensors, {"gmflow_trace": json.dumps(header)})
 
 
 # ---- numbers -----------------------------------------------------------------------------------

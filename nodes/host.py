@@ -28,8 +28,8 @@ import nodes as core
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..gmflow_core import GMDiT, GMDiTConfig, SpectrumMLP
-from ..gmflow_core.checkpoint import LatentSpace, read_state
+from ..gmflow_core import GMDiT, GMDiTConfig
+from ..gmflow_core.checkpoint import LatentSpace, build_network, read_state
 from ..gmflow_core.files import CheckpointError
 from .describe import CLASSES, LABELS, ModelInfo, check_latent, null_conditioning, read_labels
 from .mixing import Capture, Guidance, guided_by_mean, moved
@@ -206,9 +206,7 @@ def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool =
         raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; see python -m gmflow_core sample")
     spectrum = None
     if raw.spectrum_config is not None:
-        spectrum = SpectrumMLP(raw.spectrum_config, device="meta")
-        spectrum.load_state_dict({k: v.to("cpu", torch.float32, copy=True) for k, v in raw.spectrum_state.items()}, assign=True)
-        spectrum.eval().requires_grad_(False)
+        spectrum = build_network(raw.spectrum_config, raw.spectrum_state, "cpu", torch.float32, path)
     config = GMFlowConfig(ModelInfo(raw.config, raw.class_names, raw.latent_space, spectrum))
     mm, supported = comfy.model_management, GMFlowConfig.supported_inference_dtypes
     device, offload = mm.get_torch_device(), mm.unet_offload_device()
