@@ -142,6 +142,7 @@ def run_inspect(args) -> None:
     import json
 
     from .panels import draw
+    from .tiles import evened
     from .trace import Recorder, save_trace, statistics
 
     checkpoint, labels = open_checkpoint(args)
@@ -160,10 +161,11 @@ def run_inspect(args) -> None:
     pictures = [] if kind in (".json", ".safetensors") else [panel(step) for step in (range(args.steps) if moving else [args.step])]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".json":
-        args.out.write_text(json.dumps(statistics(trace, args.image), indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(statistics(trace, args.image, args.max_components), indent=1) + "\n", encoding="utf-8")
     elif kind == ".safetensors":
         save_trace(trace, args.out)
     elif moving:
+        pictures = evened(pictures)
         pictures[0].save(args.out, save_all=True, append_images=pictures[1:], duration=700, loop=0)
     else:
         pictures[0].save(args.out)

@@ -1,4 +1,4 @@
-"""Charts drawn with Pillow: lines with a band, one pixel's mixture, legends. Drawn at twice the size and reduced."""
+"""Charts drawn with Pillow: lines with a band, shares, one pixel's mixture. Drawn at twice the size and reduced."""
 
 from __future__ import annotations
 
@@ -18,10 +18,19 @@ PALETTE = (
     (240, 228, 66), (117, 112, 179), (166, 118, 29), (102, 166, 30), (231, 41, 138), (100, 100, 100),
 )
 GRID = (226, 226, 222)
+MARK = (20, 20, 24, 110)
+REST = (214, 214, 210)
 
 
 def component_colour(k: int) -> tuple[int, int, int]:
-    return PALETTE[k % len(PALETTE)]
+    """Twelve colours; past them the same ones paler, then darker, then paler again."""
+    turn, base = k // len(PALETTE), PALETTE[k % len(PALETTE)]
+    target, amount = (255 if turn % 2 else 0), (0, 0.4, 0.65, 0.8)[min((turn + 1) // 2, 3)]
+    return tuple(round(c + amount * (target - c)) for c in base)
+
+
+def component_colours(count: int) -> list[tuple[int, int, int]]:
+    return [component_colour(k) for k in range(count)]
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Series:
 class Axes:
     """A plotting area: data coordinates to pixels of a canvas twice the wanted size."""
 
-    def __init__(self, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float], margin=(52, 14, 30, 40)):
+    def __init__(self, size: tuple[int, int], x: tuple[float, float], y: tuple[float, float], margin=(54, 16, 36, 48)):
         from PIL import Image, ImageDraw
 
         left, right, top, bottom = margin
@@ -58,14 +67,26 @@ class Axes:
         for value in y_ticks:
             _, py = self.at(self.x[0], value)
             self.pen.line((x0, py, x1, py), GRID, 2)
-            self.pen.text((x0 - 10, py), f"{value:g}", FAINT, font(24), anchor="rm")
+            self.pen.text((x0 - 12, py), f"{value:g}", FAINT, font(28), anchor="rm")
         for value in x_ticks:
             px, _ = self.at(value, self.y[0])
             self.pen.line((px, y1, px, y1 + 8), FAINT, 2)
-            self.pen.text((px, y1 + 12), f"{value:g}", FAINT, font(24), anchor="ma")
+            self.pen.text((px, y1 + 12), f"{value:g}", FAINT, font(28), anchor="ma")
         self.pen.line((x0, y1, x1, y1), FAINT, 2)
-        self.pen.text((x0, y0 - 14), title, TEXT, font(28), anchor="ls")
-        self.pen.text((x1, y1 + 42), x_label, FAINT, font(24), anchor="ra")
+        self.pen.text((x0, y0 - 18), title, TEXT, font(30), anchor="ls")
+        self.pen.text((x1, y1 + 48), x_label, FAINT, font(28), anchor="ra")
+
+    def names(self, names: Sequence[str], colours: Sequence) -> None:
+        """What the lines are, in their colours, above the chart from the right."""
+        x = self.box[2]
+        for name, colour in reversed(list(zip(names, colours))):
+            self.pen.text((x, self.box[1] - 18), name, colour, font(28), anchor="rs")
+            x -= text_width(name, 28) + 24
+
+    def mark(self, x: float) -> None:
+        """A vertical line: you are here."""
+        px, _ = self.at(x, self.y[0])
+        self.pen.line((px, self.box[1], px, self.box[3]), MARK, 3)
 
     def picture(self):
         from PIL import Image
@@ -73,52 +94,84 @@ class Axes:
         return self.image.resize(self.size, Image.Resampling.LANCZOS)
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def nice_ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
     """Round numbers within [low, high], about ``count`` of them."""
     if not high > low:
         return [low]
-    raw = (high - low) / count
+    raw = max((high - low) / count, 1.0 if whole else 0.0)
     unit = 10 ** math.floor(math.log10(raw))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
+    step = next(m * unit for m in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if m * unit >= raw * (0.9 if whole else 0.999))
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(title: str, sigmas: Sequence[float], series: Sequence[Series], size=(440, 230), top: float | None = None):
+SIGMAS = (1, 0.75, 0.5, 0.25, 0)
+
+
+def line_chart(
+    title: str, sigmas: Sequence[float], series: Sequence[Series], size=(440, 250), top: float | None = None,
+    now: float | None = None, whole: bool = False,
+):
     """Values against sigma, from noise (left) to image (right); a named line each, in the palette's colours."""
     highest = max(max(s.high or s.values) for s in series)
     top = max(highest * 1.05, 1e-6) if top is None else top
     axes = Axes(size, (1.0, 0.0), (0.0, top))
-    axes.frame(title, "sigma", (1, 0.75, 0.5, 0.25, 0), nice_ticks(0, top))
-    for k, line in enumerate(series):
-        colour = component_colour(k)
+    axes.frame(title, "sigma", SIGMAS, nice_ticks(0, top, whole=whole))
+    colours = component_colours(len(series))
+    for line, colour in zip(series, colours):
         if line.low is not None:
-            edge = [axes.at(s, v) for s, v in zip(sigmas, line.high)] + [axes.at(s, v) for s, v in zip(sigmas, line.low)][::-1]
-            if len(sigmas) > 1:
-                axes.pen.polygon(edge, (*colour, 48))
+            _band(axes, sigmas, line.low, line.high, (*colour, 48))
+    for line, colour in zip(series, colours):
         points = [axes.at(s, v) for s, v in zip(sigmas, line.values)]
         axes.pen.line(points, colour, 5, joint="curve")
-        for px, py in points:
-            axes.pen.ellipse((px - 6, py - 6, px + 6, py + 6), colour)
+        radius = 6 if len(points) <= 20 else 0
+        for px, py in points if len(points) > 1 else [(_inside(axes, points[0][0]), points[0][1])]:
+            axes.pen.ellipse((px - radius, py - radius, px + radius, py + radius), colour)
+    if now is not None:
+        axes.mark(now)
     if len(series) > 1:
-        x = axes.box[2]
-        for k, line in reversed(list(enumerate(series))):
-            x -= text_width(line.name, 24)
-            axes.pen.text((x, axes.box[1] - 14), line.name, component_colour(k), font(24), anchor="ls")
-            x -= 24
+        axes.names([line.name for line in series], colours)
     return axes.picture()
 
 
-def legend(colours: Sequence[tuple[int, int, int]], names: Sequence[str]):
-    """Swatches with names, one below the other."""
-    from PIL import Image, ImageDraw
+def share_chart(title: str, sigmas: Sequence[float], shares: Sequence[Sequence[float]], size=(440, 250), now: float | None = None):
+    """Shares of every step (steps, parts) on top of each other against sigma, in per cent, each with its number.
 
-    canvas = Image.new("RGB", (34 + max(text_width(name, 14) for name in names), 24 * len(names)), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    for i, (colour, name) in enumerate(zip(colours, names)):
-        pen.rectangle((0, 24 * i + 4, 16, 24 * i + 20), colour)
-        pen.text((26, 24 * i + 12), name, TEXT, font(14), anchor="lm")
-    return canvas
+    Parts past the twelfth are one grey area.
+    """
+    axes, last, most = Axes(size, (1.0, 0.0), (0.0, 100.0)), len(sigmas) - 1, len(PALETTE)
+    axes.frame(title, "sigma", SIGMAS, (0, 25, 50, 75, 100))
+    edges = [[100 * sum(row[:k]) for row in shares] for k in range(len(shares[0]) + 1)]
+    if len(edges) > most + 2:
+        edges = [*edges[: most + 1], edges[-1]]
+    for k, (low, high) in enumerate(zip(edges, edges[1:])):
+        colour = component_colour(k) if k < most else REST
+        _band(axes, sigmas, low, high, colour)
+        i = max(range(len(sigmas)), key=lambda i: high[i] - low[i])             # where there is most room
+        (px, bottom), (_, top) = axes.at(sigmas[i], low[i]), axes.at(sigmas[i], high[i])
+        px += 0 if last == 0 else 24 if i == 0 else -24 if i == last else 0
+        if bottom - top > 26:
+            text = f"{k + 1}" if k < most else "others"
+            ink = (255, 255, 255) if sum(colour) < 330 else TEXT
+            axes.pen.text((_inside(axes, px), (bottom + top) / 2), text, ink, font(26), anchor="mm")
+    if now is not None:
+        axes.mark(now)
+    return axes.picture()
+
+
+def _inside(axes: Axes, px: float) -> float:
+    """Not too near the chart's sides: where a bar or a number has room."""
+    return min(max(px, axes.box[0] + 24), axes.box[2] - 24)
+
+
+def _band(axes: Axes, sigmas: Sequence[float], low: Sequence[float], high: Sequence[float], colour) -> None:
+    """The area between two lines; of a single step, a bar."""
+    if len(sigmas) > 1:
+        axes.pen.polygon([axes.at(s, v) for s, v in zip(sigmas, high)] + [axes.at(s, v) for s, v in zip(sigmas, low)][::-1], colour)
+    else:
+        (px, bottom), (_, top) = axes.at(sigmas[0], low[0]), axes.at(sigmas[0], high[0])
+        middle = _inside(axes, px)
+        axes.pen.rectangle((middle - 24, min(top, bottom), middle + 24, bottom), colour)
 
 
 def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, int]], size: int = 340):
@@ -134,11 +187,11 @@ def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, in
     reach = 1.12 * max(float(flat.abs().max()) + std, 1e-3)
     axes = Axes((size, size), (-reach, reach), (-reach, reach))
     ticks = nice_ticks(-reach, reach)
-    axes.frame("components in their two principal axes", "1st axis", ticks, ticks)
-    scale = (axes.box[2] - axes.box[0]) / (2 * reach)
+    axes.frame("components in two principal axes", "1st and 2nd axis, units of x_0", ticks, ticks)
+    scale, faint = (axes.box[2] - axes.box[0]) / (2 * reach), (*FAINT, 150 if len(weights) <= 16 else 40)
     for k in weights.argsort(descending=True).tolist():
         (px, py), disc, ring = axes.at(*flat[k].tolist()), 46 * math.sqrt(float(weights[k])), std * scale
-        axes.pen.ellipse((px - ring, py - ring, px + ring, py + ring), outline=(*FAINT, 150), width=2)
+        axes.pen.ellipse((px - ring, py - ring, px + ring, py + ring), outline=faint, width=2)
         axes.pen.ellipse((px - disc, py - disc, px + disc, py + disc), (*colours[k], 235), outline=(60, 60, 60, 200), width=2)
     px, py = axes.at(0, 0)
     for dx, dy in ((12, 0), (0, 12)):
@@ -146,7 +199,7 @@ def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, in
     return axes.picture()
 
 
-def marginal_chart(mixture: GaussianMixture, names: Sequence[str], size=(340, 340)):
+def marginal_chart(mixture: GaussianMixture, names: Sequence[str], size=(420, 340)):
     """The 1D marginal densities of one pixel's mixture (1,K,C,1,1), a line for each channel."""
     means, weights = mixture.means[0, :, :, 0, 0].double(), mixture.weights[0, :, 0, 0, 0].double()
     std = max(float(mixture.log_std.exp()), 1e-4)
@@ -158,12 +211,27 @@ def marginal_chart(mixture: GaussianMixture, names: Sequence[str], size=(340, 34
     colours = channel_colours(names)
     for channel, colour in zip(density, colours):
         axes.pen.line([axes.at(x, y) for x, y in zip(grid.tolist(), channel.tolist())], colour, 5, joint="curve")
-    x = axes.box[2]
-    for name, colour in reversed(list(zip(names, colours))):
-        x -= text_width(name, 24)
-        axes.pen.text((x, axes.box[1] - 14), name, colour, font(24), anchor="ls")
-        x -= 20
+    axes.names(names, colours)
     return axes.picture()
+
+
+def weight_bars(weights: Sequence[float], colours: Sequence[tuple[int, int, int]], size=(250, 340), rows: int = 10):
+    """The heaviest of one pixel's components as bars with their share and number; the rest as a sum."""
+    from PIL import Image, ImageDraw
+
+    order = sorted(range(len(weights)), key=lambda k: -weights[k])
+    canvas = Image.new("RGB", size, PAPER)
+    pen, full = ImageDraw.Draw(canvas), (size[0] - 110) / max(weights)
+    pen.text((0, 27), "weights", TEXT, font(15), anchor="ls")
+    for i, k in enumerate(order[:rows]):
+        y = 50 + 26 * i
+        pen.text((24, y), str(k + 1), FAINT, font(14), anchor="rm")
+        pen.rectangle((34, y - 8, 34 + max(1, round(full * weights[k])), y + 8), colours[k])
+        pen.text((40 + full * weights[k], y), f"{100 * weights[k]:.1f} %", TEXT, font(14), anchor="lm")
+    if order[rows:]:
+        rest = sum(weights[k] for k in order[rows:])
+        pen.text((34, 50 + 26 * rows), f"{len(order) - rows} more: {100 * rest:.1f} %", FAINT, font(14), anchor="lm")
+    return canvas
 
 
 def marginal_density(means: Tensor, weights: Tensor, std: float, grid: Tensor) -> Tensor:
@@ -175,4 +243,4 @@ def marginal_density(means: Tensor, weights: Tensor, std: float, grid: Tensor) -
 def channel_colours(names: Sequence[str]) -> list[tuple[int, int, int]]:
     if list(names) == ["R", "G", "B"]:
         return [(214, 60, 50), (40, 150, 70), (50, 90, 210)]
-    return [component_colour(k) for k in range(len(names))]
+    return component_colours(len(names))

@@ -1,7 +1,8 @@
 r"""What a mixture believes: statistics per pixel, and an alignment that makes components comparable across pixels.
 
 Components are exchangeable pixel by pixel: component k of two neighbours need not be the same
-hypothesis. :func:`align` orders every pixel's components by one clustering of all of them.
+hypothesis. :func:`align` orders every pixel's components by one clustering of all of them, and
+:func:`follow` keeps that order from step to step.
 Shapes: B batch, K components, C channels, ``*S`` space.
 """
 
@@ -20,7 +21,7 @@ MAX_POINTS = 8192
 
 def weight_entropy(mixture: GaussianMixture) -> Tensor:
     r"""-sum_k w_k log2 w_k in bits, from 0 (decided) to log2 K: (B,*S)."""
-    nats = -torch.special.xlogy(mixture.weights, mixture.weights).sum(1).squeeze(1)
+    nats = (0 - torch.special.xlogy(mixture.weights, mixture.weights).sum(1).squeeze(1)).clamp(min=0)  # never -0
     return nats / torch.log(torch.tensor(2.0)).to(nats)
 
 
@@ -94,39 +95,71 @@ def rank(mixture: GaussianMixture) -> GaussianMixture:
 def align(mixture: GaussianMixture, iterations: int = 20) -> GaussianMixture:
     """Order every pixel's components so that component k is one hypothesis over the whole image.
 
-    Per image: a weighted k-means over all pixels' component means, started from farthest points; then
-    each pixel's K components are matched one to one with the K clusters, nearest pairs first. Clusters
-    come by falling total weight. The mixture itself is unchanged at every pixel.
+    Per image: the clusters of :func:`regions`, one for each component; then each pixel's K components
+    are matched one to one with them, nearest pairs first. The mixture itself is unchanged at every pixel.
     """
-    means, weights = _flat(mixture)
-    order = torch.stack([_match(m, cluster(m, w, mixture.components, iterations)) for m, w in zip(means, weights)])
-    return reorder(mixture, order.movedim(1, -1).reshape(mixture.log_weights.shape))
+    order = _order(_points(mixture.means), regions(mixture, mixture.components, iterations).unsqueeze(1))
+    return reorder(mixture, order.reshape(mixture.log_weights.shape))
 
 
-def hypotheses(mixture: GaussianMixture, count: int, iterations: int = 20) -> GaussianMixture:
+def follow(mixture: GaussianMixture, previous: GaussianMixture) -> GaussianMixture:
+    """Order the components of a step as those of the step before it, so that component k stays itself.
+
+    At every pixel the K components are matched one to one with the K of ``previous``, nearest means first,
+    after each of the two sets is centred: what all components of a pixel move by together does not matter,
+    nor the network's order. What each moves by itself should be less than half its distance to the others.
+    """
+    centred = lambda m: m.means - m.means.mean(1, keepdim=True)  # noqa: E731
+    order = _order(_points(centred(mixture)), _points(centred(previous)))
+    return reorder(mixture, order.reshape(mixture.log_weights.shape))
+
+
+def regions(mixture: GaussianMixture, count: int, iterations: int = 20) -> Tensor:
+    """What the hypotheses of an image are: centres (B,count,C) in x_0 space, by falling weight.
+
+    Per image, a weighted k-means over all pixels' component means, started from farthest points.
+    """
+    return torch.stack([cluster(m, w, count, iterations) for m, w in zip(*_flat(mixture))])
+
+
+def hypotheses(mixture: GaussianMixture, count: int, centres: Tensor | None = None) -> GaussianMixture:
     """At most ``count`` hypotheses of the whole image: a coarser mixture, for pictures.
 
-    The clusters of :func:`align`, but a pixel's components go each to the nearest cluster: those that
-    share one are merged (weights add, means average), and a cluster that got none has weight zero there
-    and the cluster's centre as its mean. The mean of every pixel is unchanged.
+    A pixel's components go each to the nearest centre: those that share one are merged (weights add,
+    means average), and a centre that got none has weight zero there and itself as its mean. The mean of
+    every pixel is unchanged. ``centres`` are the mixture's own :func:`regions` if None; those of a
+    trajectory's first step make hypothesis k the same region of x_0 space at every step, so that its
+    weight tells whether the model still believes it.
     """
     b, _, c, *space = mixture.means.shape
-    merged = [_merge(m, w, cluster(m, w, count, iterations)) for m, w in zip(*_flat(mixture))]
+    centres = regions(mixture, count) if centres is None else centres
+    merged = [_merge(m, w, centre) for m, w, centre in zip(*_flat(mixture), centres)]
     means, weights = (torch.stack(x).movedim(1, -1) for x in zip(*merged))      # (B,N,C,S), (B,N,S)
     return GaussianMixture(
         means.reshape(b, count, c, *space), weights.log().reshape(b, count, 1, *space), mixture.log_std
     )
 
 
+def _points(means: Tensor) -> Tensor:
+    """(B,K,C,*S) to (B,S,K,C)."""
+    return means.flatten(3).movedim(-1, 1)
+
+
 def _flat(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
     """Means (B,S,K,C) and weights (B,S,K)."""
-    return mixture.means.flatten(3).movedim(-1, 1), mixture.weights.flatten(2).movedim(-1, 1)
+    return _points(mixture.means), mixture.weights.flatten(2).movedim(-1, 1)
 
 
-def _match(means: Tensor, centres: Tensor) -> Tensor:
-    """order (S,K): which of a pixel's components (S,K,C) goes to each centre (K,C), one to one."""
+def _order(points: Tensor, targets: Tensor) -> Tensor:
+    """order (B,K,S): which of a pixel's points (B,S,K,C) goes to each of the targets (B,S|1,K,C)."""
+    return torch.stack([_match(p, t) for p, t in zip(points, targets)]).movedim(1, -1)
+
+
+def _match(means: Tensor, targets: Tensor) -> Tensor:
+    """order (S,K): which of a pixel's components (S,K,C) goes to each target (S|1,K,C), one to one."""
     k = means.shape[1]
-    distance = (means.unsqueeze(2) - centres).square().sum(-1)                  # (S,component,cluster)
+    exact = "donot_use_mm_for_euclid_dist"  # the other way rounds small distances to nothing
+    distance = torch.cdist(means, targets.expand_as(means), compute_mode=exact)  # (S,component,target)
     order = torch.zeros(means.shape[:2], dtype=torch.int64, device=means.device)
     rows = torch.arange(len(means), device=means.device)
     for _ in range(k):

@@ -8,29 +8,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .charts import Series, component_colour, legend, line_chart, marginal_chart, scatter_chart
+from .charts import Series, component_colours, line_chart, marginal_chart, scatter_chart, share_chart, weight_bars
 from .inspect import dominance, dominant_component, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy
 from .mixture import GaussianMixture
-from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet, to_uint8
-from .trace import Trace, TraceStep, pick, step_statistics
+from .pictures import colour_bar, heat, sheet, to_uint8
+from .tiles import captioned, legend, marked, stacked, tile, tile_size
+from .trace import Trace, TraceStep, first_regions, pick, step_statistics
 
 ORDERS = ("aligned", "ranked", "raw")
-PANEL = 192  # pixels of one picture's longer side, at least
+NAMES = {"aligned": "hypotheses", "ranked": "components by rank", "raw": "components"}
+FRAMES = 8  # steps in a strip of pictures, at most
 
 Decode = Callable[[Tensor], Tensor]
 
 
-def ordered(mixture: GaussianMixture, order: str, count: int) -> GaussianMixture:
-    """At most ``count`` components, comparable over the image (aligned), by weight per pixel (ranked) or as they are."""
+def ordered(mixture: GaussianMixture, order: str, count: int, centres: Tensor | None = None) -> GaussianMixture:
+    """At most ``count`` components, comparable over the image (aligned), by weight per pixel (ranked) or as they are.
+
+    ``centres``: the hypotheses of the trajectory, for ``aligned``; None for the mixture's own.
+    """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     count = min(count, mixture.components)
     if order == "aligned":
-        return hypotheses(mixture, count)
+        return hypotheses(mixture, count, centres)
     mixture = rank(mixture) if order == "ranked" else mixture
     return GaussianMixture(mixture.means[:, :count], mixture.log_weights[:, :count], mixture.log_std)
 
@@ -41,14 +47,65 @@ class Scene:
 
     trace: Trace
     image: int
+    number: int                   # of the step, from 0
     step: TraceStep
-    title: str
-    mixture: GaussianMixture      # the corrected mixture, ordered and cut to size
+    order: str
+    count: int
     decode: Decode
     pixel: tuple[int, int]        # (x, y) in the latent
 
+    @property
+    def title(self) -> str:
+        return f"Step {self.number + 1} of {len(self.trace.steps)}, sigma {self.step.sigma:.3f}"
+
+    @cached_property
     def mean(self) -> Tensor:
         return self.decode(self.step.corrected.mean())
+
+    @cached_property
+    def steps(self) -> list[TraceStep]:
+        """All steps of the image."""
+        return [pick(self.trace, i, self.image) for i in range(len(self.trace.steps))]
+
+    @cached_property
+    def centres(self) -> Tensor | None:
+        return first_regions(self.trace, self.image, self.count) if self.order == "aligned" else None
+
+    @cached_property
+    def mixture(self) -> GaussianMixture:
+        """The mixture that the step used, in order and cut to size."""
+        return self.arranged(self.step)
+
+    def arranged(self, step: TraceStep) -> GaussianMixture:
+        return ordered(step.corrected, self.order, self.count, self.centres)
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """(height, width)"""
+        return tuple(self.step.x.shape[-2:])
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        return tile_size(self.latent, self.mean.shape[-2:])
+
+    def tile(self, image: Tensor):
+        return tile(image, self.size)
+
+    def bar(self, top: float, unit: str):
+        return colour_bar(0, top, unit, self.size[1])
+
+    @property
+    def note(self) -> str:
+        """What the components of this panel are."""
+        shown, all_ = self.mixture.components, self.step.corrected.components
+        if all_ == 1:
+            return ""
+        if self.order == "aligned":
+            return f"The {all_} components of a pixel in {shown} hypotheses: clusters of the first step's means, the same at every step."
+        if shown == all_:
+            return ""
+        which = f"The {shown} heaviest of {all_} components at each pixel" if self.order == "ranked" else f"Components 1 to {shown} of {all_}"
+        return f"{which}; the others hold {100 * (1 - float(mean_weights(self.mixture).sum())):.1f} % of the weight."
 
 
 def draw(
@@ -61,90 +118,77 @@ def draw(
     """
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     chosen = pick(trace, step, image)
     height, width = chosen.x.shape[-2:]
     pixel = (width // 2, height // 2) if pixel is None else pixel
     if not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
         raise ValueError(f"pixel: got x {pixel[0]}, y {pixel[1]}; this latent is {width} wide and {height} high, counted from 0")
-    number = step % len(trace.steps)
-    title = f"Step {number + 1} of {len(trace.steps)}, sigma {chosen.sigma:.3f}"
-    return VIEWS[view](Scene(trace, image, chosen, title, ordered(chosen.corrected, order, count), decode, pixel))
+    return VIEWS[view](Scene(trace, image, step % len(trace.steps), chosen, order, count, decode, pixel))
 
 
-# ---- tiles -------------------------------------------------------------------------------------
+# ---- pieces ------------------------------------------------------------------------------------
 
-def _scale(picture: Tensor) -> int:
-    return max(1, math.ceil(PANEL / max(picture.shape[-2:])))
-
-
-def _tile(images: Tensor):
-    return image_grid(images, 1, _scale(images))
-
-
-def _labelled(images: Tensor, captions: list[str], columns: int = 4):
-    """Tiles in rows, each with a caption beneath."""
-    from PIL import Image, ImageDraw
-
-    tiles = [_tile(picture[None]) for picture in images]
-    width, height, foot = tiles[0].width, tiles[0].height, 24
-    columns = min(columns, len(tiles))
-    canvas = Image.new("RGB", (columns * (width + 8) - 8, -(-len(tiles) // columns) * (height + foot)), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    for i, (tile, caption) in enumerate(zip(tiles, captions)):
-        x, y = i % columns * (width + 8), i // columns * (height + foot)
-        canvas.paste(tile, (x, y))
-        pen.text((x + width / 2, y + height + 4), caption, FAINT, font(14), anchor="ma")
-    return canvas
+def _captioned(scene: Scene, images: Tensor, columns: int):
+    """A tile for each of these components (the first ones) with its share of the weight."""
+    shares = mean_weights(scene.mixture)[0].tolist()
+    captions = [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(shares[: len(images)])]
+    tiles = [scene.tile(image[None]) for image in images]
+    return captioned(tiles, captions, component_colours(len(tiles)), columns)
 
 
-def _captions(mixture: GaussianMixture) -> list[str]:
-    return [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(mean_weights(mixture)[0].tolist())]
-
-
-def _faded(scene: Scene, count: int) -> Tensor:
+def _faded(scene: Scene, most: int = 1000) -> Tensor:
     """Each component's mean, towards grey where it has little weight: a mean that nobody believes says nothing."""
-    pictures, weights = scene.decode(scene.mixture.means[0, :count]), scene.mixture.weights[0, :count]
+    pictures, weights = scene.decode(scene.mixture.means[0, :most]), scene.mixture.weights[0, :most]
     opacity = (weights / weights.amax((2, 3), keepdim=True).clamp(min=1e-6)).sqrt()
-    return pictures * torch.nn.functional.interpolate(opacity, size=pictures.shape[-2:], mode="nearest")
+    return pictures * torch.nn.functional.interpolate(opacity, size=pictures.shape[-2:], mode="nearest").to(pictures)
 
 
 def _columns(count: int) -> int:
     return 4 if count <= 12 else 8
 
 
+def _winner_map(scene: Scene):
+    """The heaviest component of each pixel in its colour, and a legend with shares of the pixels.
+
+    By rank it would be the first everywhere: then as the network numbers them.
+    """
+    mixture = scene.step.corrected if scene.order == "ranked" else scene.mixture
+    colours = component_colours(mixture.components)
+    picture = (torch.tensor(colours) / 127.5 - 1)[dominant_component(mixture)[0]].movedim(-1, 0)[None]
+    shares = dominance(mixture)[0].tolist()
+    shown = sorted((k for k, share in enumerate(shares) if share > 0), key=lambda k: -shares[k])
+    names = [f"{k + 1}: {100 * shares[k]:.1f} % of pixels" for k in shown]
+    return scene.tile(picture), legend([colours[k] for k in shown], names, max(8, scene.size[1] // 24))
+
+
+def _top_bits(scene: Scene) -> float:
+    return math.log2(scene.step.corrected.components) or 1.0
+
+
 # ---- views -------------------------------------------------------------------------------------
 
 def _components(scene: Scene):
-    tiles = _labelled(_faded(scene, scene.mixture.components), _captions(scene.mixture), _columns(scene.mixture.components))
+    tiles = _captioned(scene, _faded(scene), _columns(scene.mixture.components))
     titles = ["mean", "components with their share of the weight, grey where they have none"]
-    return sheet([[_tile(scene.mean()), tiles]], [], titles, scene.title)
+    return sheet([[scene.tile(scene.mean), tiles]], [], titles, scene.title, scene.note)
 
 
 def _weights(scene: Scene):
-    maps = heat(scene.mixture.weights[0, :, 0], 0, 1)
-    tiles = _labelled(maps, _captions(scene.mixture), _columns(scene.mixture.components))
-    row = [_tile(scene.mean()), tiles, colour_bar(0, 1, "weight", PANEL)]
-    return sheet([row], [], ["mean", "weight of each component", ""], scene.title)
-
-
-def _winner_map(scene: Scene):
-    """The heaviest component of each pixel in its colour, and a legend with shares of the pixels."""
-    colours = torch.tensor([component_colour(k) for k in range(scene.mixture.components)]) / 127.5 - 1
-    picture = colours[dominant_component(scene.mixture)[0]].movedim(-1, 0)[None]
-    shares = dominance(scene.mixture)[0].tolist()
-    shown = [k for k, share in enumerate(shares) if share > 0]
-    names = [f"{k + 1}: {100 * shares[k]:.1f} % of pixels" for k in shown]
-    return _tile(picture), legend([component_colour(k) for k in shown], names)
+    tiles = _captioned(scene, heat(scene.mixture.weights[0, :, 0], 0, 1), _columns(scene.mixture.components))
+    row = [scene.tile(scene.mean), tiles, scene.bar(1, "")]
+    return sheet([row], [], ["mean", "weight of each component, and its average", ""], scene.title, scene.note)
 
 
 def _winners(scene: Scene):
-    return sheet([[_tile(scene.mean()), *_winner_map(scene)]], [], ["mean", "heaviest component", ""], scene.title)
+    return sheet([[scene.tile(scene.mean), *_winner_map(scene)]], [], ["mean", "heaviest component", ""], scene.title, scene.note)
 
 
 def _entropy(scene: Scene):
-    whole = scene.step.corrected
-    bits, top = weight_entropy(whole), math.log2(whole.components) or 1.0
-    row = [_tile(scene.mean()), _tile(heat(bits, 0, top)), colour_bar(0, top, "bits", PANEL)]
+    whole, top = scene.step.corrected, _top_bits(scene)
+    bits = weight_entropy(whole)
+    row = [scene.tile(scene.mean), scene.tile(heat(bits, 0, top)), scene.bar(top, "bits")]
     note = f"{bits.mean():.2f} bits on average: {effective_components(whole).mean():.2f} effective components of {whole.components}"
     return sheet([row], [], ["mean", "entropy of the weights", ""], scene.title, note)
 
@@ -152,110 +196,110 @@ def _entropy(scene: Scene):
 def _spread(scene: Scene):
     parts = spread(scene.step.corrected)
     top = float(parts.total.max()) or 1.0
-    maps = [_tile(heat(part, 0, top)) for part in (parts.within, parts.between)]
+    maps = [scene.tile(heat(part, 0, top)) for part in (parts.within, parts.between)]
     note = f"within {float(parts.within.mean()):.4f}, between {float(parts.between.mean()):.4f} on average, in units of x_0"
-    row = [_tile(scene.mean()), *maps, colour_bar(0, top, "std", PANEL)]
+    row = [scene.tile(scene.mean), *maps, scene.bar(top, "x_0")]
     return sheet([row], [], ["mean", "std within components", "std between components", ""], scene.title, note)
 
 
 def _guidance(scene: Scene):
     step = scene.step
-    before, after = step.conditional.mean(), step.guided.mean()
-    shift = (after - before).square().mean(1).sqrt()
+    before, after = (scene.decode(m.mean()) for m in (step.conditional, step.guided))
     if step.divergence is None:
-        note = "No probabilistic guidance at this step. Vanilla CFG moves the conditional mixture itself, before it is recorded."
-        return sheet([[_tile(scene.decode(before))]], [], ["conditional mean"], scene.title, note)
-    difference = scene.decode(after) - scene.decode(before)
-    gain = 1 / max(float(difference.abs().max()), 1e-6)
+        note = "No probabilistic guidance at this step.\nVanilla CFG moves the conditional mixture itself, before it is recorded."
+        return sheet([[scene.tile(before)]], [], ["conditional mean"], scene.title, note)
+    shift = (step.guided.mean() - step.conditional.mean()).square().mean(1).sqrt()
+    gain = 1 / max(float((after - before).abs().max()), 1e-6)
     tops = [float(shift.max()) or 1.0, float(step.divergence.max()) or 1.0]
     cells = [
-        _tile(scene.decode(before)), _tile(scene.decode(after)), _tile(difference * gain),
-        _tile(heat(shift, 0, tops[0])), colour_bar(0, tops[0], "rms", PANEL),
-        _tile(heat(step.divergence, 0, tops[1])), colour_bar(0, tops[1], "nats", PANEL),
+        scene.tile(before), scene.tile(after), scene.tile((after - before) * gain),
+        scene.tile(heat(shift, 0, tops[0])), scene.bar(tops[0], "x_0"),
+        scene.tile(heat(step.divergence, 0, tops[1])), scene.bar(tops[1], "nats"),
     ]
-    titles = ["conditional mean", "guided mean", f"difference x {gain:.3g}", "shift of the mean", "", "KL(guided || conditional)", ""]
+    titles = ["conditional mean", "guided mean", f"difference x {gain:.3g}", "rms shift of the mean", "", "KL(guided || conditional)", ""]
     note = f"rms shift {float(shift.mean()):.4f} in units of x_0, KL {float(step.divergence.mean()):.3f} nats a pixel on average"
     return sheet([cells], [], titles, scene.title, note)
 
 
-def _charts(scene: Scene) -> list:
-    steps = [step_statistics(scene.trace, index, scene.image) for index in range(len(scene.trace.steps))]
-    sigmas = [s["sigma"] for s in steps]
+def _charts(scene: Scene, width: int, wide: int | None = None) -> dict:
+    """Charts over the steps, with a line at the scene's own. ``wide``: the width of the first."""
+    numbers, size = [step_statistics(step) for step in scene.steps], (width, round(0.58 * width))
+    sigmas, components = [s["sigma"] for s in numbers], scene.step.corrected.components
+    now = scene.step.sigma if len(sigmas) > 1 else None
 
     def of(name: str, label: str, band: bool = True) -> Series:
-        values = [s[name] or {"mean": 0.0, "p5": 0.0, "p95": 0.0} for s in steps]
+        values = [s[name] or {"mean": 0.0, "p5": 0.0, "p95": 0.0} for s in numbers]
         low, high = ([v[p] for v in values] for p in ("p5", "p95"))
         return Series(label, [v["mean"] for v in values], *((low, high) if band else ()))
 
-    within = Series("within", [s["std_within"] for s in steps])
-    components = scene.step.corrected.components
-    return [
-        line_chart("entropy, bits", sigmas, [of("entropy_bits", "entropy")], top=1.05 * (math.log2(components) or 1)),
-        line_chart("effective components", sigmas, [of("effective_components", "components")], top=1.05 * components),
-        line_chart("standard deviation", sigmas, [within, of("std_between", "between")]),
-        line_chart("rms shift of the mean", sigmas, [of("guidance_shift", "guidance", False), of("correction_shift", "second order", False)]),
-    ]
+    def lines(title: str, *series: Series, **options):
+        return line_chart(title, sigmas, series, size, now=now, **options)
+
+    within = Series("within", [s["std_within"] for s in numbers])
+    shares = [mean_weights(scene.arranged(step))[0].tolist() for step in scene.steps]
+    return {
+        "weights": share_chart(f"weights of the {NAMES[scene.order]}, %", sigmas, shares, (wide or width, size[1]), now),
+        "entropy": lines("entropy, bits", of("entropy_bits", "entropy"), top=1.05 * _top_bits(scene)),
+        "effective": lines("effective components", of("effective_components", "components"), top=1.05 * components, whole=True),
+        "std": lines("std, units of x_0", within, of("std_between", "between")),
+        "shift": lines("rms shift of the mean", of("guidance_shift", "guidance", False), of("correction_shift", "2nd order", False)),
+    }
+
+
+BANDS = "Lines: average over pixels. Bands: 5 % to 95 % of the pixels."
 
 
 def _timeline(scene: Scene):
-    charts, count = _charts(scene), len(scene.trace.steps)
+    count, top = len(scene.steps), _top_bits(scene)
+    shown = sorted({round(i * (count - 1) / (FRAMES - 1)) for i in range(FRAMES)})
+    steps = [scene.steps[i] for i in shown]
+    captions = [f"{i + 1}: sigma {step.sigma:.3f}" for i, step in zip(shown, steps)]
+    means = captioned([scene.tile(scene.decode(step.corrected.mean())) for step in steps], captions, None, FRAMES)
+    maps = captioned([scene.tile(heat(weight_entropy(step.corrected), 0, top)) for step in steps], [""] * len(steps), None, FRAMES)
     title = f"{count} step{'s' * (count > 1)}, from noise to image"
-    return sheet([charts[:2], charts[2:]], [], [], title, "Lines: average over pixels. Bands: 5 % to 95 % of the pixels.")
+    strip = sheet([[means], [maps, scene.bar(top, "bits")]], ["mean", "entropy"], [], title)
+    width = max(400, (strip.width - 4 * 14) // 3)
+    charts = _charts(scene, width, 2 * width + 14)
+    rows = [[charts["weights"], charts["effective"]], [charts["entropy"], charts["std"], charts["shift"]]]
+    note = "\n".join(line for line in (scene.note, BANDS) if line)
+    return stacked([strip, sheet(rows[:1], [], [], ""), sheet(rows[1:], [], [], "", note)])
 
 
 def _pixel(scene: Scene):
     x, y = scene.pixel
     whole = scene.step.corrected.map(lambda t: t if t.shape[-1] == 1 and t.shape[-2] == 1 else t[..., y : y + 1, x : x + 1])
-    channels = whole.channels
+    channels, weights = whole.channels, whole.weights.flatten().tolist()
+    colours = component_colours(whole.components)
     if channels == 3:
         colours = [tuple(int(v) for v in rgb) for rgb in to_uint8(whole.means[0])[:, 0, 0]]
-    else:
-        colours = [component_colour(k) for k in range(whole.components)]
     names = ["R", "G", "B"] if channels == 3 else [f"ch {c + 1}" for c in range(channels)]
-    marked = _mark(_tile(scene.mean()), scene.pixel, scene.step.x.shape[-2:])
-    note = f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.4f}"
-    cells = [marked, scatter_chart(whole, colours), marginal_chart(whole, names)]
-    return sheet([cells], [], ["mean", "", ""], f"{scene.title}, pixel x {x}, y {y}", note)
-
-
-def _mark(tile, pixel: tuple[int, int], size):
-    """A box around one latent pixel of a picture."""
-    from PIL import ImageDraw
-
-    x, y = pixel
-    unit = (tile.width - 4) / size[1], (tile.height - 4) / size[0]
-    box = (2 + x * unit[0] - 2, 2 + y * unit[1] - 2, 2 + (x + 1) * unit[0] + 1, 2 + (y + 1) * unit[1] + 1)
-    pen = ImageDraw.Draw(tile)
-    pen.rectangle(box, outline=(255, 255, 255), width=3)
-    pen.rectangle(box, outline=(0, 0, 0), width=1)
-    return tile
+    larger = 1 if max(scene.size) >= 250 else 300 / max(scene.size)
+    picture = tile(scene.mean, tuple(round(side * larger) for side in scene.size))
+    picture = marked(picture, scene.pixel, scene.latent)
+    note = f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.4f} in units of x_0; components as the network numbers them"
+    cells = [picture, weight_bars(weights, colours), scatter_chart(whole, colours), marginal_chart(whole, names)]
+    return sheet([cells], [], ["mean", "", "", ""], f"{scene.title}, pixel x {x}, y {y}", note)
 
 
 def _sheet(scene: Scene):
-    whole, noisy = scene.step.corrected, _tile(scene.decode(scene.step.x))
-    bits, top = weight_entropy(whole), math.log2(whole.components) or 1.0
+    whole, top = scene.step.corrected, _top_bits(scene)
     between = spread(whole).between
     reach = float(between.max()) or 1.0
-    maps = sheet([[
-        noisy, _tile(scene.mean()), _tile(heat(bits, 0, top)), colour_bar(0, top, "bits", PANEL),
-        _tile(heat(between, 0, reach)), colour_bar(0, reach, "std", PANEL), *_winner_map(scene),
-    ]], [], ["x_t", "mean", "entropy", "", "std between components", "", "heaviest component", ""], scene.title)
-    count = min(scene.mixture.components, 8)
-    tiles = _labelled(_faded(scene, count), _captions(scene.mixture)[:count], 8)
-    row = sheet([[tiles]], [], ["with their share of the weight, grey where they have none"], "Components")
-    charts = sheet([_charts(scene)], [], [], "Over the steps", "Lines: average over pixels. Bands: 5 % to 95 % of the pixels.")
-    return _stack([maps, row, charts])
-
-
-def _stack(pictures: list):
-    from PIL import Image
-
-    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
-    y = 0
-    for picture in pictures:
-        canvas.paste(picture, (0, y))
-        y += picture.height
-    return canvas
+    maps = [
+        scene.tile(scene.decode(scene.step.x)), scene.tile(scene.mean), scene.tile(heat(weight_entropy(whole), 0, top)), scene.bar(top, "bits"),
+        scene.tile(heat(between, 0, reach)), scene.bar(reach, "x_0"), *_winner_map(scene),
+    ]
+    titles = ["x_t", "mean", "entropy", "", "std between components", "", "heaviest component", ""]
+    count, name = scene.mixture.components, NAMES[scene.order].capitalize()
+    name = name if count <= 16 else f"{name}: the first 16 of {count}"
+    tiles = _captioned(scene, _faded(scene, 16), 8 if scene.size[0] <= scene.size[1] * 1.5 else 4)
+    parts = [
+        sheet([maps], [], titles, scene.title),
+        sheet([[tiles]], [], ["with their share of the weight, grey where they have none"], name, scene.note),
+    ]
+    charts = _charts(scene, max(390, (max(part.width for part in parts) - 5 * 14) // 4))
+    row = [charts[name] for name in ("weights", "entropy", "std", "shift")]
+    return stacked([*parts, sheet([row], [], [], "Over the steps", BANDS)])
 
 
 VIEWS: dict[str, Callable[[Scene], object]] = {

@@ -57,25 +57,25 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2):
 
 
 def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: Sequence[str], title: str, note: str = ""):
-    """A titled table of Pillow images: one row a title, one column a title, cells left-aligned."""
+    """A table of Pillow images, cells left-aligned; each title is left out if empty."""
     from PIL import Image, ImageDraw
 
-    big, small, pad = font(22), font(15), 12
+    big, small, pad = font(24), font(16), 14
     column_titles = list(column_titles) + [""] * (max(map(len, cells)) - len(column_titles))
-    left = max(text_width(t, 15) for t in row_titles) + 2 * pad if row_titles else pad
+    left = max(text_width(t, 16) for t in row_titles) + 2 * pad if row_titles else pad
     widths = [
-        max(text_width(t, 15), *(row[c].width for row in cells if c < len(row))) for c, t in enumerate(column_titles)
+        max(text_width(t, 16), *(row[c].width for row in cells if c < len(row))) for c, t in enumerate(column_titles)
     ]
     heights = [max(image.height for image in row) for row in cells]
-    top = 2 * pad + 26 + (24 if any(column_titles) else 0)
+    top = pad + (28 + pad if title else 0) + (26 if any(column_titles) else 0)
     notes = note.splitlines()
-    width = max(left + sum(widths) + pad * len(widths), text_width(title, 22) + 2 * pad, text_width(note, 15) + 2 * pad)
-    canvas = Image.new("RGB", (width, top + sum(heights) + pad * len(heights) + 21 * len(notes) + (pad if notes else 0)), PAPER)
+    width = max(left + sum(widths) + pad * len(widths), text_width(title, 24) + 2 * pad, text_width(note, 16) + 2 * pad)
+    canvas = Image.new("RGB", (width, top + sum(heights) + pad * len(heights) + 23 * len(notes) + (pad if notes else 0)), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((pad, pad), title, TEXT, big)
     x = left
     for c, w in enumerate(widths):
-        draw.text((x, top - 24), column_titles[c], FAINT, small)
+        draw.text((x, top - 26), column_titles[c], FAINT, small)
         y = top
         for row, h in zip(cells, heights):
             if c < len(row):
@@ -88,7 +88,7 @@ def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: S
         y += h + pad
     y = top + sum(heights) + pad * len(heights)
     for i, line in enumerate(notes):
-        draw.text((pad, y + 21 * i), line, FAINT, small)
+        draw.text((pad, y + 23 * i), line, FAINT, small)
     return canvas
 
 
@@ -101,7 +101,7 @@ def colour_bar(low: float, high: float, unit: str, length: int, thickness: int =
     canvas = Image.new("RGB", (thickness + 78, length), PAPER)
     canvas.paste(Image.fromarray(to_uint8(ramp[None])[0].numpy()), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    draw.text((thickness + 6, 0), f"{high:.2g} {unit}", TEXT, small)
+    draw.text((thickness + 6, 0), f"{high:.2g} {unit}".strip(), TEXT, small)
     draw.text((thickness + 6, length - 1), f"{low:.2g}", TEXT, small, anchor="ls")
     return canvas
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint import write_safetensors
 from .guidance import Guided
 from .inspect import (
-    align, dominance, mean_weights, spread, tilt_divergence, weight_entropy,
+    align, dominance, follow, hypotheses, mean_weights, regions, spread, tilt_divergence, weight_entropy,
 )
 from .mixture import GaussianFactor, GaussianMixture
 from .solver import StepInfo
@@ -117,29 +117,43 @@ def save_trace(trace: Trace, path) -> None:
 
 # ---- numbers -----------------------------------------------------------------------------------
 
-def statistics(trace: Trace, image: int = 0) -> dict:
+def statistics(trace: Trace, image: int = 0, count: int = 8) -> dict:
     """Numbers of every step of one image, plain and small (docs/statistics.md says what each is).
 
     Entropy in bits, standard deviations and shifts (root mean square over channels) in units of x_0, KL in nats.
+    Components are aligned over the image at the first step and followed from there; ``count`` is the number of
+    hypotheses, at most: the pictures' ``max_components``.
     """
-    steps = []
+    centres, aligned, steps = first_regions(trace, image, count), None, []
     for index in range(len(trace.steps)):
-        aligned = align(pick(trace, index, image).corrected)
-        steps.append(step_statistics(trace, index, image) | {
-            "weights": [_number(v) for v in mean_weights(aligned)[0].tolist()],
-            "dominance": [_number(v) for v in dominance(aligned)[0].tolist()],
-        })
-    return {"format": 1, "image": image, "steps": steps}
+        chosen = pick(trace, index, image)
+        aligned = align(chosen.corrected) if aligned is None else follow(chosen.corrected, aligned)
+        merged = hypotheses(chosen.corrected, centres.shape[1], centres)
+        steps.append({"step": index} | step_statistics(chosen) | _shares(aligned) | {"hypotheses": _shares(merged)})
+    centres = [[_number(v) for v in centre] for centre in centres[0].tolist()]
+    return {"format": 1, "image": image, "hypotheses": centres, "steps": steps}
 
 
-def step_statistics(trace: Trace, index: int, image: int) -> dict:
-    """The numbers of one step that need no alignment of its components."""
-    chosen = pick(trace, index, image)
+def first_regions(trace: Trace, image: int, count: int) -> Tensor:
+    """The hypotheses of a trajectory: the regions (1,count,C) of its first step, at most one for each component."""
+    first = pick(trace, 0, image).corrected
+    return regions(first, min(count, first.components))
+
+
+def _shares(mixture: GaussianMixture) -> dict:
+    return {
+        "weights": [_number(v) for v in mean_weights(mixture)[0].tolist()],
+        "dominance": [_number(v) for v in dominance(mixture)[0].tolist()],
+    }
+
+
+def step_statistics(chosen: TraceStep) -> dict:
+    """The numbers of one picked step that need no alignment of its components."""
     mixture = chosen.corrected
     bits, parts = weight_entropy(mixture), spread(mixture)
     shift = lambda a, b: _summary((a.mean() - b.mean()).square().mean(1).sqrt())  # noqa: E731
     return {
-        "step": index, "sigma": _number(chosen.sigma), "sigma_next": _number(chosen.sigma_next),
+        "sigma": _number(chosen.sigma), "sigma_next": _number(chosen.sigma_next),
         "entropy_bits": _summary(bits), "effective_components": _summary(torch.exp2(bits)),
         "log_std": _number(float(mixture.log_std.flatten()[0])),
         "std_within": _number(float(parts.within.flatten()[0])), "std_between": _summary(parts.between),

@@ -7,7 +7,7 @@ import torch
 
 from gmflow_core import GaussianMixture
 from gmflow_core.inspect import (
-    align, dominance, dominant_component, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy,
+    align, dominance, dominant_component, effective_components, follow, hypotheses, mean_weights, rank, regions, reorder, spread, weight_entropy,
 )
 
 
@@ -80,3 +80,57 @@ def test_hypotheses_keep_the_mean_of_every_pixel(rng):
     assert coarse.components == 3
     torch.testing.assert_close(coarse.weights.sum(1), torch.ones(2, 1, 5, 6))
     torch.testing.assert_close(coarse.mean(), mix.mean(), rtol=1e-4, atol=1e-5)
+
+
+# ---- across steps ------------------------------------------------------------------------------
+
+def drifting(rng, steps=12, k=5, size=8):
+    """Components that move together, far, and each most of the way to the next one's first place:
+    (in order, shuffled at every pixel)."""
+    colours = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])[:k]
+    texture = 0.05 * torch.randn(1, k, 3, size, size, generator=rng)
+    share = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])[:k]
+    true, shuffled = [], []
+    for i in range(steps):
+        means = torch.lerp(colours, colours.roll(-1, 0), 0.9 * i / (steps - 1)) + 2.0 * i
+        logits = (share.log() * (1 + 0.3 * i))[None, :, None, None, None].expand(1, k, 1, size, size)
+        mix = GaussianMixture.from_logits(means[None, :, :, None, None] + texture, logits, torch.zeros(1, 1, 1, 1, 1))
+        order = torch.rand(mix.log_weights.shape, generator=rng).argsort(1)
+        true.append(mix)
+        shuffled.append(reorder(mix, order))
+    return true, shuffled
+
+
+def test_follow_undoes_the_shuffles_of_a_drifting_mixture(rng):
+    true, shuffled = drifting(rng)
+    aligned = align(shuffled[0])
+    assert torch.equal(aligned.means, true[0].means)  # by falling weight, as it was made
+    for mix, expected in zip(shuffled[1:], true[1:]):
+        aligned = follow(mix, aligned)
+        assert torch.equal(aligned.means, expected.means) and torch.equal(aligned.log_weights, expected.log_weights)
+    assert not torch.equal(align(shuffled[-1]).means, shuffled[-1].means)  # there was something to undo
+
+
+def test_follow_needs_the_step_before(rng):
+    """In one leap each component is nearer to another one's place: nothing can tell them apart then."""
+    true, shuffled = drifting(rng)
+    assert not torch.equal(follow(shuffled[-1], true[0]).means, true[-1].means)
+
+
+def test_hypotheses_are_the_same_regions_at_every_step():
+    """Two inks, of which the second is given up: its weight falls to zero and the first keeps its number."""
+    ink, other = torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])
+    early = torch.stack([ink, other, ink + 0.1, other + 0.1])
+    late = torch.stack([ink + 0.1, ink, ink, ink + 0.2])
+    build = lambda means, w: GaussianMixture(  # noqa: E731
+        means.reshape(1, 4, 3, 1, 1).expand(1, 4, 3, 2, 2), torch.tensor(w).log().reshape(1, 4, 1, 1, 1).expand(1, 4, 1, 2, 2),
+        torch.zeros(1, 1, 1, 1, 1),
+    )
+    first, last = build(early, [0.4, 0.2, 0.2, 0.2]), build(late, [0.1, 0.2, 0.3, 0.4])
+    centres = regions(first, 2)
+    torch.testing.assert_close(centres[0, 0], ink + 0.1 / 3)
+    torch.testing.assert_close(mean_weights(hypotheses(first, 2, centres)), torch.tensor([[0.6, 0.4]]))
+    given_up = hypotheses(last, 2, centres)
+    torch.testing.assert_close(mean_weights(given_up), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(given_up.mean(), last.mean())
+    assert mean_weights(hypotheses(last, 2))[0, 1] > 0.05  # its own clusters would split the ink that is left
