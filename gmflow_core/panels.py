@@ -112,7 +112,7 @@ def draw(
     trace: Trace, view: str, step: int, image: int, order: str, count: int, decode: Decode,
     pixel: tuple[int, int] | None = None,
 ):
-    """One panel as a Pillow image; ValueError for a view, step, image or pixel that does not exist.
+    """One panel as a Pillow image; ValueError for a view, order, step, image or pixel that does not exist.
 
     ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None.
     """
@@ -123,8 +123,9 @@ def draw(
     chosen = pick(trace, step, image)
     height, width = chosen.x.shape[-2:]
     pixel = (width // 2, height // 2) if pixel is None else pixel
-    if not (0 <= pixel[0] < width and 0 <= pixel[1] < height):
-        raise ValueError(f"pixel: got x {pixel[0]}, y {pixel[1]}; this latent is {width} wide and {height} high, counted from 0")
+    for axis, value, size in (("x", pixel[0], width), ("y", pixel[1], height)):
+        if view == "pixel" and not 0 <= value < size:
+            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
     return VIEWS[view](Scene(trace, image, step % len(trace.steps), chosen, order, count, decode, pixel))
 
 

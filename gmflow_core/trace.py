@@ -76,11 +76,13 @@ class Recorder:
 
 def pick(trace: Trace, step: int, image: int) -> TraceStep:
     """One step of one image (a batch of one, float32); ValueError if there is none of that number."""
+    if not trace.steps:
+        raise ValueError("trace: it holds no steps")
     steps, images = len(trace.steps), len(trace.steps[0].x)
     if not -steps <= step < steps:
         raise ValueError(f"step: got {step}; this trace has steps 0 to {steps - 1} (-1 is the last)")
     if not 0 <= image < images:
-        raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}")
+        raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}, the first of the batch")
     chosen = trace.steps[step]
     one = lambda t: t[image : image + 1].float()  # noqa: E731
     return TraceStep(

@@ -39,6 +39,20 @@ def check_latent(info: ModelInfo, noise, latent) -> None:
         raise ValueError("latent: it holds NaN or infinite values; the node that made it failed (a VAE in half precision?)")
 
 
+def check_vae(info: ModelInfo, vae) -> None:
+    """ValueError for a VAE that cannot decode what this model paints."""
+    channels, rgb = info.config.in_channels, info.latent_space.kind == "rgb"
+    right = "leave vae open, or connect pixel_space of Load VAE" if rgb else "connect a Stable Diffusion 1 VAE"
+    kind = "RGB pixels" if rgb else f"{channels}-channel latents of Stable Diffusion's VAE"
+    if getattr(vae, "latent_dim", 2) != 2 or getattr(vae, "output_channels", 3) != 3:
+        raise ValueError(f"vae: this one is for video or sound, and this model paints {kind}; {right}")
+    got, scale = getattr(vae, "latent_channels", channels), getattr(vae, "upscale_ratio", 1 if rgb else 8)
+    if got != channels:
+        raise ValueError(f"vae: this one decodes {got} channels, and this model paints {kind}; {right}")
+    if rgb and scale != 1:
+        raise ValueError(f"vae: this one enlarges latents {scale} times, and this model paints {kind}; {right}")
+
+
 def make_conditioning(labels: list[int], num_classes: int) -> list:
     """CONDITIONING of class indices. Its tensor (N,1,1) holds label + 1, so that what other nodes do to it is seen."""
     values = torch.tensor(labels, dtype=torch.int64)

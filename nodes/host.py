@@ -31,7 +31,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from ..gmflow_core import GMDiT, GMDiTConfig
 from ..gmflow_core.checkpoint import LatentSpace, build_network, read_state
 from ..gmflow_core.files import CheckpointError
-from .describe import CLASSES, LABELS, ModelInfo, check_latent, null_conditioning, read_labels
+from .describe import CLASSES, LABELS, ModelInfo, check_latent, check_vae, null_conditioning, read_labels
 from .mixing import Capture, Guidance, guided_by_mean, moved
 from .solving import CAPTURE, GMOptions, check_sigmas, gather, sample_gm, with_capture
 
@@ -171,8 +171,13 @@ def intermediate_device():
 
 
 def decoder(model, vae=None):
-    """x_0 (N,C,H,W) in the network's space to RGB in [-1, 1]: by a VAE, as pixels, or in the previews' rough colours."""
+    """x_0 (N,C,H,W) in the network's space to RGB in [-1, 1]: by a VAE, as pixels, or in the previews' rough colours.
+
+    ValueError for a VAE of another space.
+    """
     space = model.model.latent_format
+    if vae is not None:
+        check_vae(model.model.gmflow, vae)
 
     def decode(x):
         if vae is not None:

@@ -10,7 +10,7 @@ import torch
 from gmflow_core import GaussianMixture, flow_sigmas, guide_probabilistic, sample_gm_ode, unguided
 from gmflow_core.inspect import reorder
 from gmflow_core.panels import ORDERS, VIEWS, draw, ordered
-from gmflow_core.trace import Recorder, pick, statistics
+from gmflow_core.trace import Recorder, Trace, pick, statistics
 
 
 def mixture(rng, k=8, c=3, size=16, b=3, std=-2.0):
@@ -143,10 +143,17 @@ def test_what_is_not_there_is_refused(rng):
     trace, _ = record(rng)
     with pytest.raises(ValueError, match=r"step: got 3; this trace has steps 0 to 2 \(-1 is the last\)"):
         pick(trace, 3, 0)
-    with pytest.raises(ValueError, match="image: got 3; this trace holds images 0 to 2"):
+    with pytest.raises(ValueError, match="image: got 3; this trace holds images 0 to 2, the first of the batch"):
         pick(trace, 0, 3)
-    with pytest.raises(ValueError, match="view must be one of"):
+    with pytest.raises(ValueError, match="view must be one of components, .*got 'aura'"):
         draw(trace, "aura", 0, 0, "aligned", 8, lambda x: x)
-    with pytest.raises(ValueError, match="order must be one of"):
+    with pytest.raises(ValueError, match="order must be one of aligned, ranked, raw, got 'random'"):
         draw(trace, "components", 0, 0, "random", 8, lambda x: x)
+    for pixel, words in (((16, 0), "pixel_x: got 16; .* 16 x 16 .*, so 0 to 15"), ((0, -1), "pixel_y: got -1")):
+        with pytest.raises(ValueError, match=words):
+            draw(trace, "pixel", 0, 0, "aligned", 8, lambda x: x, pixel)
+        draw(trace, "winners", 0, 0, "aligned", 8, lambda x: x, pixel)  # which needs no pixel
+    for read in (statistics, lambda trace: draw(trace, "sheet", 0, 0, "aligned", 8, lambda x: x)):
+        with pytest.raises(ValueError, match="trace: it holds no steps"):
+            read(Trace(()))
     assert pick(trace, -1, 0).sigma == pytest.approx(1 / 3)

@@ -176,10 +176,44 @@ def compiled(nodes: dict) -> list[float]:
         )]
 
 
+def vaes(nodes: dict) -> dict:
+    """What the inspector makes of VAEs (of random weights), for an RGB model and for one of four-channel latents."""
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    def tae(channels: int):
+        return comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=channels).state_dict())
+
+    host, core_sd = sys.modules["a-pack.nodes.host"], comfy.sd
+    torch.manual_seed(0)
+    decoders = {"none": None, "pixels": core_sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}), "taesd": tae(4), "sixteen": tae(16)}
+    video = tae(4)
+    video.latent_dim = 3  # what VAEs of video are told by
+    decoders["video"] = video
+    inspector, sampler = nodes["GMFlowInspector"], nodes["GMFlowKSampler"]
+    sampler.hidden = type("Hidden", (), {"prompt": {}, "unique_id": "1"})()
+    widgets = {i.id: i.default for i in sampler.GET_SCHEMA().inputs if getattr(i, "default", None) is not None} | {"steps": 2}
+    found = {}
+    for name, path in (("rgb", BUNDLED), ("latents", f"{ROOT}/tests/data/ckpt_small")):
+        model = host.load_model(path)
+        positive = nodes["GMFlowClassConditioning"].execute(model, "1")[0]
+        latent = nodes["GMFlowEmptyLatent"].execute(model, 1)[0]
+        trace = sampler.execute(model=model, positive=positive, latent_image=latent, **widgets)[1]
+        for kind, vae in decoders.items():
+            try:
+                panel = inspector.execute(trace, 0, 0, "components", "aligned", 8, vae=vae)[0]
+                found[f"{name} {kind}"] = f"{len(panel.unique())} values, finite {bool(panel.isfinite().all())}"
+            except Exception as error:
+                found[f"{name} {kind}"] = f"{type(error).__name__}: {error}"
+    return found
+
+
 pack = load_pack()
 answer = {name: pack[name] for name in ("seconds", "operations", "modules", "on_path", "core_nodes")}
 if TASK == "foreign":
     answer["said"] = foreign_model(pack["nodes"])
+if TASK == "vaes":
+    answer["found"] = vaes(pack["nodes"])
 if TASK == "sample":
     answer["sample"] = sample(pack["nodes"])
 if TASK == "parity":

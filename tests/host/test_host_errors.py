@@ -274,10 +274,21 @@ def test_no_trace_of_a_core_sampler(digits):
     assert "only GM samplers leave one" in refused(g)
 
 
-@pytest.mark.parametrize("inputs, words", [({"step": 2}, ["step", "2"]), ({"step": -3}, ["step"]), ({"image": 1}, ["image"])])
+@pytest.mark.parametrize("inputs, words", [({"step": 2}, ["step: got 2", "0 to 1"]), ({"step": -3}, ["step"]), ({"image": 1}, ["image: got 1", "images 0 to 0"])])
 def test_steps_and_images_out_of_range(digits, inputs, words):
     g = digits(batch=1, labels="1")
     g.add("GMFlowInspector", trace=g.gm(steps=2).out(1), **inputs)
     message = refused(g)
-    print(message)
     assert message.startswith("ValueError: ") and all(word in message for word in words)
+
+
+@pytest.mark.parametrize("inputs, words", [
+    ({"pixel_x": 16}, "pixel_x: got 16; this latent is 16 x 16 (width x height), so 0 to 15"), ({"pixel_y": 99}, "pixel_y: got 99"),
+])
+def test_a_pixel_out_of_the_picture(host, digits, inputs, words):
+    g = digits(batch=1, labels="1")
+    trace = g.gm(steps=1).out(1)
+    g.add("GMFlowInspector", trace=trace, **inputs)
+    assert host.run(g.graph).ok  # a view that needs no pixel
+    g.add("GMFlowInspector", trace=trace, view="pixel", **inputs)
+    assert words in refused(g)

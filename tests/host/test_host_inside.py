@@ -55,3 +55,20 @@ def test_a_trajectory_is_that_of_the_core(host):
 def test_a_compiled_model(host):
     """torch.compile of the core's node: GM sampler, core sampler and GM sampler again on one compiled network."""
     assert all(difference < 1e-3 for difference in inside(host, "compile")["differences"])
+
+
+def test_the_inspectors_vae(host):
+    """One of the model's space decodes; any other is refused, and the message says which would do."""
+    found = inside(host, "vaes")["found"]
+    for case in ("rgb none", "rgb pixels", "latents none", "latents taesd"):
+        values, finite = found.pop(case).split(" values, ")
+        assert int(values) > 16 and finite == "finite True", case
+    rgb, latents = "paints RGB pixels; leave vae open, or connect pixel_space of Load VAE", "connect a Stable Diffusion 1 VAE"
+    assert found == {
+        "rgb taesd": f"ValueError: vae: this one decodes 4 channels, and this model {rgb}",
+        "rgb sixteen": f"ValueError: vae: this one decodes 16 channels, and this model {rgb}",
+        "rgb video": f"ValueError: vae: this one is for video or sound, and this model {rgb}",
+    } | {
+        f"latents {kind}": f"ValueError: vae: this one {what}, and this model paints 4-channel latents of Stable Diffusion's VAE; {latents}"
+        for kind, what in (("pixels", "decodes 3 channels"), ("sixteen", "decodes 16 channels"), ("video", "is for video or sound"))
+    }
