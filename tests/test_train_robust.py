@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,12 +80,13 @@ def half(state, path):
         file.write(b"PK" * 1000); file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 module._save = half
-trainer.save()
+trainer.save(wait)
 """
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("wait", ["", "wait=False"])
+def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one(tmp_path, wait):
+    done = subprocess.run([sys.executable, "-c", KILLED.replace("(wait)", f"({wait})"), str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / (STATE + ".tmp")).stat().st_size == 2000
     trainer = Trainer(TINY, tmp_path, CPU)
@@ -105,6 +107,8 @@ def test_a_full_disk_keeps_the_previous_files_and_says_so(tmp_path, monkeypatch,
     step = trainer.train_step
 
     def fills_up():
+        while trainer.writer.job is not None and not trainer.writer.job.done():
+            time.sleep(0.01)
         if trainer.step == 3:
             monkeypatch.setattr(torch, "save", full) if where == "torch.save" else monkeypatch.setattr(module, where, full)
         if trainer.step == 5:

@@ -6,15 +6,16 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from gmflow_core.checkpoint import convert
+
 from .config import PRESETS, TrainConfig, override
-from .images import say
+from .files import attempt
 from .runlog import short
 from .samples import save_samples
 from .stop import StopRequest
@@ -49,14 +50,18 @@ def train(trainer: Trainer) -> None:
         StopRequest(patient=team.size > 1) as stop,
         tqdm(total=config.steps, initial=trainer.step, unit="step", smoothing=0.05, disable=not team.first) as bar,
     ):
-        while trainer.step < config.steps and not team.any(stop.signal):
-            numbers = trainer.train_step()
-            bar.update()
-            if team.first:
-                report(trainer, numbers, bar)
-        if team.first:
+        try:
+            start = trainer.step
+            while trainer.step < config.steps and not team.any(stop.signal):
+                numbers = trainer.train_step()
+                bar.update()
+                if trainer.step == start + 1:
+                    trainer.reserve()
+                after_step(trainer, numbers, bar)
+        finally:  # whatever ends the run
+            attempt("a save", trainer.writer.wait, "")
             trainer.run_log.close()
-            trainer.save()
+        trainer.save()
         team.wait()
         if trainer.step < config.steps:
             if team.first:
@@ -67,31 +72,27 @@ def train(trainer: Trainer) -> None:
 SHOWN = {"loss": "loss", "lr": "lr", "images_per_second": "images/s", "mfu": "MFU", "memory_gb": "GB", "skipped": "skipped"}
 
 
-def report(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
-    """What is due after a step: a line in the log, samples, a save."""
+def after_step(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
+    """What is due after a step: a line in the log, samples, a save. The first writes, others may have a part of the weights."""
     config, step = trainer.config, trainer.step
     last = step == config.steps
-    if step % config.log_every == 0 or last or "skipped" in numbers:
+    attempt("a save", trainer.writer.check)
+    if trainer.team.first and (step % config.log_every == 0 or last or "skipped" in numbers):
         numbers = numbers | trainer.speed.report(step, trainer.seconds)
+        if trainer.save_seconds:
+            numbers["save_seconds"], trainer.save_seconds = trainer.save_seconds, 0.0
         attempt("the log", lambda: trainer.log(numbers))
         bar.set_postfix({label: f"{numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers})
     if step % config.sample_every == 0 or last:
         attempt("samples", lambda: draw_samples(trainer))
     if step % config.save_every == 0 and not last:  # the last save is train's: it must not fail
-        attempt("a save", trainer.save)
+        trainer.save(wait=False)
 
 
 def draw_samples(trainer: Trainer) -> None:
-    path = trainer.folder / f"samples-{trainer.step:06d}.png"
-    trainer.run_log.picture(save_samples(trainer.ema, trainer.data, path, device=trainer.device), trainer.step)
-
-
-def attempt(what: str, write: Callable[[], None]) -> None:
-    """A full disk should not end a run: say so and go on."""
-    try:
-        write()
-    except OSError as error:
-        say(f"{what} failed: {error}; training goes on")
+    path, ema = trainer.folder / f"samples-{trainer.step:06d}.png", trainer.average()
+    if trainer.team.first:
+        trainer.run_log.picture(save_samples(ema, trainer.data, path, device=trainer.device), trainer.step)
 
 
 def dry_run(config: TrainConfig, team: Team) -> None:
@@ -121,7 +122,7 @@ def main() -> int:
         trainer = Trainer(config, args.out or Path("runs") / args.preset, team.device, team)
         train(trainer)
         if args.export and team.first:
-            trainer.save_checkpoint(args.export, torch.float16)
+            convert(trainer.folder / CHECKPOINT, args.export, dtype=torch.float16)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,8 +11,8 @@ from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
-FREE = ("init_from", "data_path", "workers", "accumulate", "ema_device", "checkpoint_activations", "compile", "tf32", "max_bad_steps",
-        "log_every", "sample_every", "save_every", "tensorboard")
+FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations", "compile", "tf32",
+        "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
 
 
@@ -46,6 +46,7 @@ class TrainConfig:
     steps: int = 200_000
     batch_size: int = 4096                   # of all processes together
     accumulate: int = 1                      # a process takes its part of a batch in so many pieces, to save memory
+    parallel: str = "ddp"                    # or "fsdp": processes share out weights, their average and AdamW's state
     optimizer: str = "adamw"                 # or "adamw8bit", of bitsandbytes or torchao
     lr: float = 2e-4
     lr_decay: str = "constant"               # or "cosine": to zero at the last step
@@ -78,6 +79,7 @@ class TrainConfig:
         _one_of(self, "precision", ("bf16", "float32"))
         _one_of(self, "optimizer", ("adamw", "adamw8bit"))
         _one_of(self, "ema_device", ("same", "cpu"))
+        _one_of(self, "parallel", ("ddp", "fsdp"))
         for name in ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -92,6 +94,9 @@ class TrainConfig:
             raise ValueError(f"lr must be > 0, got {self.lr}")
         if self.loss == "l2" and (self.model.num_gaussians != 1 or self.model.constant_logstd is None):
             raise ValueError("loss l2 needs model.num_gaussians=1 and a model.constant_logstd")
+        if self.parallel == "fsdp" and (self.optimizer, self.ema_device) != ("adamw", "same"):
+            raise ValueError(f"parallel fsdp shares out what optimizer=adamw and ema_device=same keep; got optimizer {self.optimizer!r}, "
+                             f"ema_device {self.ema_device!r}: set these two, or parallel=ddp")
         if self.spectrum is not None:
             _check_spectrum(self.spectrum, self.model)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .images import say
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside ``path`` and rename; what fails or is killed leaves the previous file. OSError that names the file."""
@@ -24,6 +26,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def attempt(what: str, write: Callable[[], object], then: str = "; training goes on") -> None:
+    """A full disk should not end a run: say so and go on."""
+    try:
+        write()
+    except OSError as error:
+        say(f"{what} failed: {error}{then}")
 
 
 def not_written(path: Path, error: Exception) -> OSError:

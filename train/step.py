@@ -29,8 +29,16 @@ def prepare(device: torch.device, tf32: bool) -> None:
 
 
 def build(config: TrainConfig, device: torch.device) -> nn.ModuleDict:
-    """The networks of a run, initialised from its seed: {"model", optionally "spectrum"}."""
+    """The networks of a run for a device, still on the CPU, initialised from its seed."""
     torch.manual_seed(config.seed)
+    nets = networks(config, device)
+    for net in nets.values():
+        net.init_weights()
+    return nets
+
+
+def networks(config: TrainConfig, device: torch.device) -> nn.ModuleDict:
+    """{"model", optionally "spectrum"}, for a device."""
     if isinstance(config.model, GMDiTConfig):
         # On CPU the fused kernel's bf16 backward pass is five times slower than plain matrix products.
         model = GMDiT(config.model, attention=explicit_attention if device.type == "cpu" else sdpa)
@@ -39,9 +47,15 @@ def build(config: TrainConfig, device: torch.device) -> nn.ModuleDict:
     nets = nn.ModuleDict({"model": model})
     if config.spectrum is not None:
         nets["spectrum"] = SpectrumMLP(config.spectrum)
-    for net in nets.values():
-        net.init_weights()
-    return nets.to(device)
+    return nets
+
+
+def networks_of(config: TrainConfig, device: torch.device, state: dict[str, Tensor]) -> nn.ModuleDict:
+    """Networks whose weights are the tensors of a state, not copied."""
+    with torch.device("meta"):
+        nets = networks(config, device)
+    nets.load_state_dict(state, assign=True)
+    return nets
 
 
 def recompute_activations(model: GMDiT) -> None:
@@ -123,7 +137,8 @@ class Objective(nn.Module):
 
 def predict(model: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None, precision: str) -> GaussianMixture:
     """The velocity mixture, the network under autocast and the mixture in float32."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    # A weight is used once: a cache of bf16 copies would only keep all of them until the end.
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         packed = model(x, sigma, labels)
     return model.mixture(packed)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +50,36 @@ class Team:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """A module whose backward pass averages gradients over the team."""
+        """A module whose backward pass averages gradients over the team (DDP): every member has all parameters."""
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
-    def alone(self, module: nn.Module, yes: bool):
+    def share_out(self, nets: nn.ModuleDict) -> None:
+        """Networks of which every member keeps a part of each parameter, in float32 (FSDP2).
+
+        A block is gathered when it is needed and given up again, and the backward pass averages gradients. Autocast
+        casts what was gathered, so that all else is computed as without: FSDP's own mixed precision would round sigma.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        # A spectrum is a view, which nobody writes into.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for net in nets.values():
+            for part in (*getattr(net, "transformer_blocks", ()), net):
+                fully_shard(part, mesh=mesh)
+
+    @contextmanager
+    def alone(self, module: nn.Module, yes: bool) -> Iterator[None]:
         """A context in which, if ``yes``, the backward pass keeps its gradients to itself."""
-        return module.no_sync() if yes and self.size > 1 else nullcontext()
+        for part in module.modules():
+            if hasattr(part, "set_requires_gradient_sync"):  # of FSDP2
+                part.set_requires_gradient_sync(not yes, recurse=False)
+        with module.no_sync() if yes and isinstance(module, DistributedDataParallel) else nullcontext():
+            yield
 
     def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each tensor summed over the team."""
@@ -75,6 +98,20 @@ class Team:
         """Until all members are here."""
         if self.size > 1:
             dist.barrier()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor, gathered if it is shared out: then all of the team must ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def share_of(value: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`whole`: a whole tensor shared out as ``like`` is, if it is."""
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def leave() -> None:

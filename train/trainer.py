@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,16 +16,17 @@ from torch import nn
 from gmflow_core import save_checkpoint
 
 from .config import PATHS, TrainConfig, changes
-from .files import not_written, write_atomically
+from .files import attempt, not_written, write_atomically
 from .images import say
 from .initialise import initialise
 from .runlog import LOG, RunLog
+from .saving import Background, HostCopies
 from .sources import open_data
 from .step import (
-    Inputs, Objective, build, figures, learning_rate, make_optimizer, prepare, recompute_activations, set_learning_rate,
-    step_inputs, tally, update_ema,
+    Inputs, Objective, build, figures, learning_rate, make_optimizer, networks_of, prepare, recompute_activations,
+    set_learning_rate, step_inputs, tally, update_ema,
 )
-from .team import Team
+from .team import Team, share_of, whole
 from .throughput import Speed
 
 STATE = "state.pt"
@@ -52,11 +54,18 @@ class Trainer:
         resumed = folder is not None and (folder / STATE).exists()
         if config.init_from is not None and not resumed:
             initialise(self.nets, config, config.init_from)
-        self.ema = copy.deepcopy(self.nets).to(device if config.ema_device == "same" else "cpu").requires_grad_(False)
+        self.ema = copy.deepcopy(self.nets).requires_grad_(False)
+        self.shared_out = config.parallel == "fsdp" and self.team.size > 1
+        if self.shared_out:
+            self.team.share_out(self.nets), self.team.share_out(self.ema)
+        else:
+            self.nets.to(device), self.ema.to(device if config.ema_device == "same" else "cpu")
         self.optimizer = make_optimizer(config, self.nets, device)
         self.step, self.seconds, self.smooth_loss = 0, 0.0, None
         self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite
         self.inputs = Ahead(lambda step: step_inputs(self.config, self.data, step, self.team.part(config.batch_size)))
+        self.copies, self.writer = HostCopies(device), Background()
+        self.save_seconds = 0.0  # for which training stood still, since the last line of the log
         self.run_log = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +76,8 @@ class Trainer:
             recompute_activations(self.nets["model"])
         if config.compile:
             self.nets["model"].compile()
-        self.objective = self.team.wrap(Objective(self.nets, config))
+        objective = Objective(self.nets, config)
+        self.objective = objective if self.shared_out else self.team.wrap(objective)
         self.speed = Speed(config, self.team, self.step, self.seconds)
 
     # ---- one step ------------------------------------------------------------------------------
@@ -87,7 +97,7 @@ class Trainer:
         numbers = figures(self.team.sum(sums))
         limit = config.clip_norm if self.step >= config.clip_from else float("inf")
         # Each network by itself: neither loss reaches the other's weights, so neither should scale its steps.
-        norms = {name: nn.utils.clip_grad_norm_(net.parameters(), limit).item() for name, net in self.nets.items()}
+        norms = {name: whole(nn.utils.clip_grad_norm_(net.parameters(), limit)).item() for name, net in self.nets.items()}
         if not all(map(math.isfinite, (numbers["loss"], *norms.values()))):
             self.seconds += time.perf_counter() - start
             return self._skip(inputs, torch.cat(loss).cpu(), numbers["loss"], norms)
@@ -130,26 +140,53 @@ class Trainer:
 
     # ---- files ---------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write both files, each atomically: what fails or is killed leaves the previous one. OSError if it fails."""
-        state = {
+    def save(self, wait: bool = True) -> None:
+        """Write both files, each atomically: what fails or is killed leaves the previous one. OSError if it fails.
+
+        Without ``wait`` only copies are made here, and ``writer`` tells of a failure. All of a team save; the first writes.
+        """
+        if not (self.team.first or self.shared_out):
+            return
+        start = time.perf_counter()
+        attempt("a save", self.writer.wait)  # the one before
+        state = self.copies.take(self.state(), keep=self.team.first)
+        if self.team.first:
+            self.writer.start(partial(self._write, state, self.summary()))
+        self.save_seconds += time.perf_counter() - start
+        if wait:
+            self.writer.wait()
+
+    def reserve(self) -> None:
+        """Make the host's buffers: page-locking them may take seconds, which no save should."""
+        if self.team.first or self.shared_out:
+            self.copies.take(self.state(), keep=self.team.first)
+
+    def state(self) -> dict:
+        """All that a run needs to go on."""
+        return {
             "config": self.config.to_dict(), "data": self._data(), "step": self.step, "skipped": [self.skipped, self.skipped_in_a_row],
             "seconds": self.seconds, "smooth_loss": self.smooth_loss, "history": self.run_log.history,
             "nets": self.nets.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
         }
-        write_atomically(self.folder / STATE, lambda path: _save(state, path))
-        self.save_checkpoint(self.folder / CHECKPOINT)
 
-    def save_checkpoint(self, path: Path, dtype: torch.dtype | None = None) -> None:
-        """The EMA weights as one file that the loader reads."""
-        spectrum = self.ema["spectrum"] if "spectrum" in self.ema else None
+    def _write(self, state: dict, summary: dict) -> None:
+        """``state.pt``, and from the same copies the EMA weights as one file that the loader reads."""
+        write_atomically(self.folder / STATE, lambda path: _save(state, path))
+        ema, path = networks_of(self.config, torch.device("cpu"), state["ema"]), self.folder / CHECKPOINT
+        spectrum = ema["spectrum"] if "spectrum" in ema else None
         try:
             save_checkpoint(
-                path, self.ema["model"], spectrum, latent_space=self.data.latent_space,
-                class_names=self.data.class_names, training=self.summary(), dtype=dtype,
+                path, ema["model"], spectrum, latent_space=self.data.latent_space, class_names=self.data.class_names, training=summary,
             )
         except (OSError, SafetensorError) as error:
             raise not_written(path, error) from error
+
+    def average(self) -> nn.ModuleDict | None:
+        """The moving average to sample with; where it is shared out, gathered for the first. All of a team must ask."""
+        if not self.shared_out:
+            return self.ema
+        state = HostCopies(torch.device("cpu")).take(self.ema.state_dict(), keep=self.team.first)
+        return networks_of(self.config, self.device, state) if self.team.first else None
 
     def summary(self) -> dict:
         """What the checkpoint remembers of its training."""
@@ -157,7 +194,7 @@ class Trainer:
         return {
             "step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1),
             "skipped": self.skipped, "processes": self.team.size, "device": self.device.type, "torch": torch.__version__,
-            "log": self.run_log.history if self.run_log else [],
+            "log": list(self.run_log.history) if self.run_log else [],
             "init_from": config["init_from"] and Path(config["init_from"]).name,
             "config": {k: v for k, v in config.items() if k not in ("model", "spectrum", *PATHS)},
         }
@@ -178,9 +215,12 @@ class Trainer:
                              "data now); choose another --out")
         if before["samples"] != now["samples"]:
             say(f"the data has {now['samples']} samples now, {before['samples']} when the run was saved; going on with them")
-        self.nets.load_state_dict(state["nets"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for nets, saved in ((self.nets, state["nets"]), (self.ema, state["ema"])):
+            nets.load_state_dict({name: share_of(saved[name], like) for name, like in nets.state_dict().items()})
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {i: {k: share_of(v, parameters[i]) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+                   for i, values in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.step, self.seconds, self.smooth_loss = state["step"], state["seconds"], state["smooth_loss"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         if self.team.first:
