@@ -13,6 +13,7 @@ import torch
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig, load_checkpoint
 from train.config import PRESETS, TrainConfig, override
 from train.data import INKS, Checkerboard, Digits
+from train.report import REPORT
 from train.step import build, figures, learning_rate, losses, parameter_groups, step_generator, step_inputs, tally
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer
 
@@ -229,7 +230,7 @@ def test_command_trains_saves_and_goes_on(tmp_path):
              "--set", "model.num_layers=1", "--set", "steps=2", "--set", "log_every=1", "--set", "warmup=0"]
     done = command(*small, "--export", str(tmp_path / "out.safetensors"), cwd=os.getcwd())
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, "samples-000002.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, REPORT, "samples-000002.png"}
     exported = load_checkpoint(tmp_path / "out.safetensors", dtype=None)
     assert next(exported.model.parameters()).dtype == torch.float16
     again = command(*small, cwd=os.getcwd())

@@ -19,6 +19,7 @@ from gmflow_core import GMMLPConfig, load_checkpoint
 from test_train import CPU, TINY
 from train.config import PRESETS
 from train.data import Digits
+from train.report import REPORT
 from train.samples import save_samples
 from train.step import Objective, build, learning_rate, make_optimizer, prepare, recompute_activations, set_learning_rate, step_inputs
 from train.team import Team, leave, share_of, whole
@@ -87,7 +88,7 @@ def test_two_processes_take_the_step_of_one_and_one_goes_on_where_two_stopped(tm
     assert line["images_per_second"] > 0
     for name in ("loss", "spectral", "entropy", "components", "grad_norm"):
         assert line[name] == pytest.approx(numbers[name], rel=1e-4, abs=1e-6)
-    assert {p.name for p in (tmp_path / "two").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, "samples-000001.png"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, REPORT, "samples-000001.png"}
     alone = Trainer(config_of(SMALL | {"steps": 2}), tmp_path / "two", CPU)
     assert alone.step == 1 and alone.train_step()["step"] == 2
 

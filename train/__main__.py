@@ -16,6 +16,7 @@ from gmflow_core.checkpoint import convert
 
 from .config import PRESETS, TrainConfig, override
 from .files import attempt
+from .report import write_report
 from .runlog import short
 from .samples import save_samples
 from .stop import StopRequest
@@ -41,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 
 def train(trainer: Trainer) -> None:
-    """Steps until the configuration's last; the first of a team keeps a progress bar, a log, samples and saves.
+    """Steps until the configuration's last; the first of a team keeps a progress bar, a log, samples, saves and a report.
 
     Ctrl-C and SIGTERM end it after the current step, with a save: SystemExit with the shell's code for the signal.
     """
@@ -62,6 +63,8 @@ def train(trainer: Trainer) -> None:
             attempt("a save", trainer.writer.wait, "")
             trainer.run_log.close()
         trainer.save()
+        if team.first:
+            attempt("the report", lambda: write_report(trainer.folder), "")
         team.wait()
         if trainer.step < config.steps:
             if team.first:
