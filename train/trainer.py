@@ -215,16 +215,23 @@ class Trainer:
                              "data now); choose another --out")
         if before["samples"] != now["samples"]:
             say(f"the data has {now['samples']} samples now, {before['samples']} when the run was saved; going on with them")
-        for nets, saved in ((self.nets, state["nets"]), (self.ema, state["ema"])):
-            nets.load_state_dict({name: share_of(saved[name], like) for name, like in nets.state_dict().items()})
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {i: {k: share_of(v, parameters[i]) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-                   for i, values in state["optimizer"]["state"].items()}
-        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        self._fill(state["nets"], state["ema"], state["optimizer"])
         self.step, self.seconds, self.smooth_loss = state["step"], state["seconds"], state["smooth_loss"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         if self.team.first:
             self.run_log.resume(self.step, state["history"])
+
+    def _fill(self, nets: dict, ema: dict, optimizer: dict) -> None:
+        """Weights and AdamW's moments, of which every member takes its share if they are shared out."""
+        for own, saved in ((self.nets, nets), (self.ema, ema)):
+            like = own.state_dict()
+            own.load_state_dict({name: share_of(value, like[name]) for name, value in saved.items()})
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            i: {name: share_of(v, parameters[i]) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+            for i, values in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict(optimizer | {"state": moments})
 
     def log(self, numbers: dict) -> None:
         """One line in the log."""
