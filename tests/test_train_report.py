@@ -16,7 +16,7 @@ from PIL import Image
 
 import train.__main__ as command
 from test_train import CPU, TINY
-from train.report import REPORT, checkpoint_info, duration, page, read_log, speed, tiles, write_report
+from train.report import REPORT, checkpoint_info, duration, large, page, read_log, speed, tiles, write_report
 from train.runlog import LOG
 from train.svg import Line, chart, number, running_mean, thinned, value_range
 from train.trainer import Trainer
@@ -89,7 +89,7 @@ def test_the_figures_at_the_top_are_those_of_the_log(folder):
     shown = {label: value for value, label in shown.items()}
     assert float(shown["loss, smoothed"]) == pytest.approx(lines[-1]["loss_smooth"], rel=1e-3)
     trained = info["parameters"] + info["spectrum_parameters"]
-    assert shown["parameters"] == f"{trained:,}" and shown["images seen"] == "24" and shown["skipped steps"] == "0"
+    assert trained < 1e6 and shown["parameters"] == f"{trained:,}" and shown["images seen"] == "24" and shown["skipped steps"] == "0"
     assert float(shown["longest halt for a save"].split()[0]) == pytest.approx(max(l.get("save_seconds", 0) for l in lines), rel=0.06)
 
 
@@ -186,3 +186,4 @@ def test_means_and_ranges():
     assert value_range(line, (0, 7)) == (0, 7) and value_range([(0, 0.0)], (0, None)) == (0, 1)
     assert [number(v) for v in (12000, 0.05, 2e-5, 0, 2500, -3e6)] == ["12k", "0.05", "2e-05", "0", "2.5k", "-3e+06"]
     assert [duration(s) for s in (59, 4382, 6761)] == ["59 s", "73 min", "1.9 h"]
+    assert [large(n) for n in (24, 999_999, 675_129_632)] == ["24", "999,999", "675.1 M"]

@@ -33,7 +33,7 @@ STYLE = """
   font: 15px/1.45 system-ui, sans-serif }
 h1 { font-size: 26px; margin: 0 } h2 { font-size: 17px; margin: 30px 0 10px } p { margin: 4px 0; color: var(--faint) }
 .tiles, .charts, .samples, .facts { display: grid; gap: 12px }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); margin-top: 18px }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 18px }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)) }
 .charts.three { grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)) } .samples { grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)) }
 .facts { grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); align-items: start }
@@ -127,9 +127,9 @@ def tiles(lines: list[dict], info: dict | None, config: dict) -> list[str]:
     saves = [value for _, value in series(lines, "save_seconds")]
     found = {"loss, smoothed": f"{loss[-1][1]:.4g}"} if loss else {}
     if info:
-        found["parameters"] = f"{info['parameters'] + info['spectrum_parameters']:,}"
+        found["parameters"] = large(info["parameters"] + info["spectrum_parameters"])
     if config:
-        found["images seen"] = f"{lines[-1]['step'] * config['batch_size']:,.0f}"
+        found["images seen"] = large(lines[-1]["step"] * config["batch_size"])
     if seconds:
         found["of training"] = duration(seconds[-1][1])
     left = config.get("steps", 0) - lines[-1]["step"]
@@ -227,6 +227,10 @@ def plain(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
+
+
+def large(count: float) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,.0f}"
 
 
 def duration(seconds: float) -> str:
