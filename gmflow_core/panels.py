@@ -7,105 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .charts import Series, component_colours, line_chart, marginal_chart, scatter_chart, share_chart, weight_bars
-from .inspect import dominance, dominant_component, effective_components, hypotheses, mean_weights, rank, spread, weight_entropy
-from .mixture import GaussianMixture
-from .pictures import colour_bar, heat, sheet, to_uint8
-from .tiles import captioned, legend, marked, stacked, tile, tile_size
-from .trace import Trace, TraceStep, first_regions, pick, step_statistics
+from .inspect import dominance, dominant_component, effective_components, mean_weights, spread, weight_entropy
+from .pictures import heat, sheet, to_uint8
+from .scene import Decode, Scene, look
+from .tiles import captioned, legend, marked, stacked, tile
+from .trace import Trace, step_statistics
 
-ORDERS = ("aligned", "ranked", "raw")
 NAMES = {"aligned": "hypotheses", "ranked": "components by rank", "raw": "components"}
 FRAMES = 8  # steps in a strip of pictures, at most
-
-Decode = Callable[[Tensor], Tensor]
-
-
-def ordered(mixture: GaussianMixture, order: str, count: int, centres: Tensor | None = None) -> GaussianMixture:
-    """At most ``count`` components, comparable over the image (aligned), by weight per pixel (ranked) or as they are.
-
-    ``centres``: the hypotheses of the trajectory, for ``aligned``; None for the mixture's own.
-    """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    count = min(count, mixture.components)
-    if order == "aligned":
-        return hypotheses(mixture, count, centres)
-    mixture = rank(mixture) if order == "ranked" else mixture
-    return GaussianMixture(mixture.means[:, :count], mixture.log_weights[:, :count], mixture.log_std)
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """Everything that a view may draw: one step of one image, and the trace around it."""
-
-    trace: Trace
-    image: int
-    number: int                   # of the step, from 0
-    step: TraceStep
-    order: str
-    count: int
-    decode: Decode
-    pixel: tuple[int, int]        # (x, y) in the latent
-
-    @property
-    def title(self) -> str:
-        return f"Step {self.number + 1} of {len(self.trace.steps)}, sigma {self.step.sigma:.3f}"
-
-    @cached_property
-    def mean(self) -> Tensor:
-        return self.decode(self.step.corrected.mean())
-
-    @cached_property
-    def steps(self) -> list[TraceStep]:
-        """All steps of the image."""
-        return [pick(self.trace, i, self.image) for i in range(len(self.trace.steps))]
-
-    @cached_property
-    def centres(self) -> Tensor | None:
-        return first_regions(self.trace, self.image, self.count) if self.order == "aligned" else None
-
-    @cached_property
-    def mixture(self) -> GaussianMixture:
-        """The mixture that the step used, in order and cut to size."""
-        return self.arranged(self.step)
-
-    def arranged(self, step: TraceStep) -> GaussianMixture:
-        return ordered(step.corrected, self.order, self.count, self.centres)
-
-    @property
-    def latent(self) -> tuple[int, int]:
-        """(height, width)"""
-        return tuple(self.step.x.shape[-2:])
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        return tile_size(self.latent, self.mean.shape[-2:])
-
-    def tile(self, image: Tensor):
-        return tile(image, self.size)
-
-    def bar(self, top: float, unit: str):
-        return colour_bar(0, top, unit, self.size[1])
-
-    @property
-    def note(self) -> str:
-        """What the components of this panel are."""
-        shown, all_ = self.mixture.components, self.step.corrected.components
-        if all_ == 1:
-            return ""
-        if self.order == "aligned":
-            return f"The {all_} components of a pixel in {shown} hypotheses: clusters of the first step's means, the same at every step."
-        if shown == all_:
-            return ""
-        which = f"The {shown} heaviest of {all_} components at each pixel" if self.order == "ranked" else f"Components 1 to {shown} of {all_}"
-        return f"{which}; the others hold {100 * (1 - float(mean_weights(self.mixture).sum())):.1f} % of the weight."
 
 
 def draw(
@@ -116,17 +30,14 @@ def draw(
 
     ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None.
     """
+    return paint(look(trace, step, image, order, count, decode, pixel), view)
+
+
+def paint(scene: Scene, view: str):
+    """A view of a scene as a Pillow image; ValueError for a view that does not exist, or a pixel that it needs."""
     if view not in VIEWS:
         raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    chosen = pick(trace, step, image)
-    height, width = chosen.x.shape[-2:]
-    pixel = (width // 2, height // 2) if pixel is None else pixel
-    for axis, value, size in (("x", pixel[0], width), ("y", pixel[1], height)):
-        if view == "pixel" and not 0 <= value < size:
-            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
-    return VIEWS[view](Scene(trace, image, step % len(trace.steps), chosen, order, count, decode, pixel))
+    return VIEWS[view](scene)
 
 
 # ---- pieces ------------------------------------------------------------------------------------
@@ -142,7 +53,7 @@ def _captioned(scene: Scene, images: Tensor, columns: int):
 def _faded(scene: Scene, most: int = 1000) -> Tensor:
     """Each component's mean, towards grey where it has little weight: a mean that nobody believes says nothing."""
     pictures, weights = scene.decode(scene.mixture.means[0, :most]), scene.mixture.weights[0, :most]
-    opacity = (weights / weights.amax((2, 3), keepdim=True).clamp(min=1e-6)).sqrt()
+    opacity = (weights / weights.amax((2, 3), keepdim=True).clamp(min=0.05)).sqrt()  # believed nowhere: grey all over
     return pictures * torch.nn.functional.interpolate(opacity, size=pictures.shape[-2:], mode="nearest").to(pictures)
 
 
@@ -267,7 +178,10 @@ def _timeline(scene: Scene):
 
 
 def _pixel(scene: Scene):
-    x, y = scene.pixel
+    (x, y), (height, width) = scene.pixel, scene.latent
+    for axis, value, size in (("x", x, width), ("y", y, height)):
+        if not 0 <= value < size:
+            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
     whole = scene.step.corrected.map(lambda t: t if t.shape[-1] == 1 and t.shape[-2] == 1 else t[..., y : y + 1, x : x + 1])
     channels, weights = whole.channels, whole.weights.flatten().tolist()
     colours = component_colours(whole.components)

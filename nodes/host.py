@@ -235,7 +235,17 @@ def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool =
 
 def output_file(prefix: str, suffix: str) -> Path:
     """A new file's name in the output folder, numbered as the core's save nodes number theirs."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return _numbered(prefix, suffix, folder_paths.get_output_directory())
+
+
+def temp_file(prefix: str, suffix: str) -> tuple[Path, dict]:
+    """A new file's name in the folder of previews, and what a page asks ``/view`` for to get it."""
+    path = _numbered(prefix, suffix, folder_paths.get_temp_directory())
+    return path, {"filename": path.name, "subfolder": "", "type": "temp"}
+
+
+def _numbered(prefix: str, suffix: str, folder: str) -> Path:
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder)
     while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
         counter += 1
     return path

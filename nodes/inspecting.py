@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..gmflow_core.panels import ORDERS, VIEWS, draw
+from ..gmflow_core.panels import VIEWS, paint
+from ..gmflow_core.pixels import MOST_BYTES, save_pixels
+from ..gmflow_core.scene import ORDERS, Scene, look
 from ..gmflow_core.trace import save_trace, statistics
 from . import host
 from .schema import GMTrace, advanced, schema
@@ -28,17 +30,18 @@ class GMFlowInspector(io.ComfyNode):
                 io.Combo.Input("view", options=list(VIEWS), default="components",
                                tooltip="components: each one's mean. weights: where each one is believed. entropy: where the model is "
                                        "undecided. spread: standard deviation within and between components. winners: the heaviest "
-                                       "component. guidance: what it changed. timeline: all steps. pixel: one pixel's mixture. "
+                                       "component. guidance: what it changed. timeline: all steps, and what becomes of each hypothesis. pixel: one "
+                                       "pixel's mixture. "
                                        "sheet: an overview."),
                 advanced(io.Combo.Input("order", options=list(ORDERS), default=ORDERS[0],
-                                        tooltip="Components of neighbouring pixels need not correspond. aligned: matched over the image; "
-                                                "ranked: by weight at each pixel; raw: as the network numbers them.")),
+                                        tooltip="Components of neighbouring pixels need not correspond. aligned: in hypotheses, the same over the "
+                                                "image and at every step; ranked: by weight at each pixel; raw: as the network numbers them.")),
                 advanced(io.Int.Input("max_components", default=8, min=1, max=64,
-                                      tooltip="At most as many; with order aligned, components that agree are merged.")),
+                                      tooltip="At most as many; with order aligned, the components of a pixel that belong to one hypothesis are merged.")),
                 advanced(io.Int.Input("pixel_x", default=-1, min=-1, max=16383,
-                                      tooltip="For view pixel: its column in the latent, from 0; -1 is the middle.")),
+                                      tooltip="For view pixel: its column in the latent, from 0; -1 is the middle. A click into the small picture sets it.")),
                 advanced(io.Int.Input("pixel_y", default=-1, min=-1, max=16383,
-                                      tooltip="For view pixel: its row in the latent, from 0; -1 is the middle.")),
+                                      tooltip="For view pixel: its row in the latent, from 0; -1 is the middle. A click into the small picture sets it.")),
                 advanced(io.Boolean.Input("save_tensors", default=False,
                                           tooltip="Also write every mixture of the trace to the output folder as gmflow_trace_*.safetensors "
                                                   "(half precision, 2 K (C + 1) H W bytes an image, up to three times a step).")),
@@ -46,7 +49,7 @@ class GMFlowInspector(io.ComfyNode):
             ],
             [
                 io.Image.Output(display_name="panel", tooltip="The picture of the view."),
-                io.String.Output(display_name="statistics", tooltip="JSON: for each step sigma, entropy, effective components, standard deviations, weights, shifts and KL."),
+                io.String.Output(display_name="statistics", tooltip="JSON: for each step sigma, entropy, effective components, standard deviations, weights, hypotheses, shifts and KL."),
             ],
             is_output_node=True,
             search_aliases=["gmflow", "inspect", "mixture components", "entropy", "visualize"],
@@ -60,8 +63,17 @@ class GMFlowInspector(io.ComfyNode):
         recorded, decode = trace.trace(), host.decoder(trace.model, vae)
         height, width = recorded.steps[0].x.shape[-2:]
         pixel = (width // 2 if pixel_x < 0 else pixel_x, height // 2 if pixel_y < 0 else pixel_y)
-        picture = draw(recorded, view, step, image, order, max_components, decode, pixel)
+        scene = look(recorded, step, image, order, max_components, decode, pixel)
+        panel = torch.from_numpy(np.asarray(paint(scene, view), dtype=np.float32) / 255)[None]
         if save_tensors:
             save_trace(recorded, host.output_file("gmflow_trace", ".safetensors"))
-        panel = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
-        return io.NodeOutput(panel, json.dumps(statistics(recorded, image)), ui=ui.PreviewImage(panel, cls=cls))
+        shown = ui.PreviewImage(panel, cls=cls).as_dict() | {"gmflow_pixels": [pixels(scene, host.decoder(trace.model))]}
+        return io.NodeOutput(panel, json.dumps(statistics(recorded, image, max_components)), ui=shown)
+
+
+def pixels(scene: Scene, colours) -> dict:
+    """Where the page finds every pixel's components (web/js/inspector.js), or why it does not."""
+    path, place = host.temp_file("gmflow_pixels", ".safetensors")
+    if save_pixels(scene, path, colours):
+        return place
+    return {"note": f"No components under the pointer: they would take more than {MOST_BYTES // 2**20} MB. Try fewer max_components."}

@@ -6,10 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from gmflow_core import GaussianMixture, flow_sigmas, guide_probabilistic, sample_gm_ode, unguided
-from gmflow_core.inspect import reorder
-from gmflow_core.panels import ORDERS, VIEWS, draw, ordered
+from gmflow_core.inspect import reorder, weight_entropy
+from gmflow_core.panels import VIEWS, draw
+from gmflow_core.pixels import save_pixels
+from gmflow_core.scene import ORDERS, look, ordered
+from gmflow_core.tiles import evened
 from gmflow_core.trace import Recorder, Trace, pick, statistics
 
 
@@ -157,3 +162,52 @@ def test_what_is_not_there_is_refused(rng):
         with pytest.raises(ValueError, match="trace: it holds no steps"):
             read(Trace(()))
     assert pick(trace, -1, 0).sigma == pytest.approx(1 / 3)
+
+
+# ---- files and frames --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("order, count", [("aligned", 3), ("raw", 8), ("ranked", 2)])
+def test_pixels_for_a_page(rng, tmp_path, order, count):
+    """Half precision of what the panels show, and the colours of the means."""
+    trace, _ = record(rng)
+    scene = look(trace, 1, 2, order, count, lambda x: x)
+    assert save_pixels(scene, tmp_path / "pixels.safetensors", lambda x: x)
+    tensors = load_file(tmp_path / "pixels.safetensors")
+    with safe_open(tmp_path / "pixels.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["gmflow_pixels"])
+    assert about["title"] == "Step 2 of 3, sigma 0.667" and about["components"] == 8 and about["bits"] == 3
+    assert about["std"] == pytest.approx(pick(trace, 1, 2).corrected.log_std.exp().item(), abs=1e-6) and len(about["colours"]) == count
+    shown = ordered(pick(trace, 1, 2).corrected, order, count, scene.centres)
+    torch.testing.assert_close(tensors["weights"].float(), shown.weights[0, :, 0].permute(1, 2, 0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(tensors["means"][3, 5].float(), shown.means[0, :, :, 3, 5], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(tensors["entropy"].float(), weight_entropy(pick(trace, 1, 2).corrected)[0], atol=2e-3, rtol=0)
+    expected = ((torch.cat([scene.step.corrected.mean(), shown.means[0]]).clamp(-1, 1) + 1) * 127.5).round().byte()
+    assert torch.equal(tensors["rgb"], expected.permute(2, 3, 0, 1))
+
+
+def test_pixels_that_would_be_too_many_are_left_out(rng, tmp_path, monkeypatch):
+    trace, _ = record(rng)
+    scene = look(trace, 0, 0, "raw", 8, lambda x: x)
+    assert save_pixels(scene, tmp_path / "a", lambda x: x)
+    monkeypatch.setattr("gmflow_core.pixels.MOST_BYTES", 256 * (2 * 8 * 4 + 2 + 3 * 9))
+    assert save_pixels(scene, tmp_path / "b", lambda x: x)  # exactly as many as allowed
+    monkeypatch.setattr("gmflow_core.pixels.MOST_BYTES", 256 * (2 * 8 * 4 + 2 + 3 * 9) - 1)
+    assert not save_pixels(scene, tmp_path / "c", lambda x: x) and not (tmp_path / "c").exists()
+
+
+def test_a_trace_takes_the_memory_that_is_said(rng):
+    """Up to 6 K (C + 1) H W bytes an image and step, x and the KL aside."""
+    trace, _ = record(rng, steps=2)
+    for step, different in zip(trace.steps, (2, 3)):  # the first step has no correction
+        mixtures = {id(m): m for m in (step.conditional, step.guided, step.corrected)}.values()
+        size = sum(t.numel() * t.element_size() for m in mixtures for t in (m.means, m.log_weights))
+        assert size == different * 3 * 2 * 8 * (3 + 1) * 16 * 16
+        assert size <= 3 * 6 * 8 * (3 + 1) * 16 * 16
+
+
+def test_frames_of_an_animation_have_one_size(rng):
+    trace, _ = record(rng, b=1, k=4)
+    panels = [draw(trace, "winners", step, 0, "aligned", 4, lambda x: x) for step in range(3)]
+    frames = evened([*panels, panels[0].resize((900, 20))])
+    assert {frame.size for frame in frames} == {(900, max(p.height for p in panels))}
+    assert frames[0].getpixel((30, 60)) == panels[0].getpixel((30, 60))

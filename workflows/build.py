@@ -240,11 +240,13 @@ def inspect_components(flow: Flow) -> None:
 
 At every pixel the network predicts a mixture of eight Gaussians, not one colour. **GMFlow Inspector** shows it, at any step of a sampler's **trace**.
 
-**Components**: at step 0, in pure noise, they are different inks. Two steps on most agree on one; at the end they differ in details.
+**Components**: at step 0, in pure noise, each hypothesis is another ink. Two steps on one ink has nearly all the weight. A hypothesis keeps its number and colour.
 
 **Entropy**: bright where the model is undecided.
 
-**Weights**: where in the image each component is believed.
+**All steps**: the image, the entropy and the weight of every hypothesis from noise to image.
+
+After a run, move the **pointer** over an inspector's small picture: that pixel's components.
 
 ### Try
 - **seed**, **labels**, **step** (-1 is the last), other **view**s.
@@ -253,21 +255,21 @@ At every pixel the network predicts a mixture of eight Gaussians, not one colour
 - **order** raw: how the network numbers them.
 
 Changing only an inspector samples no new image.
-""", size=(340, 500))
+""", size=(340, 560))
     group, model, positive, negative, latent = start(flow, "3", 1)
     group = flow.group("Sample", right_of=group, color=BROWN)
     sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
                        latent_image=latent, seed=2, steps=8, guidance=0.3)
     images = enlarge(flow, sampled["latent"], pixels(flow))
     flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
-    panel = dict(size=(620, 590), trace=sampled["trace"])
+    panel = dict(size=(620, 830), trace=sampled["trace"])
     group = flow.group("Components: the choices, and what becomes of them", right_of=group, across=True, color=PURPLE)
     for step in (0, 2, 5):
         flow.add("GMFlowInspector", f"Components at step {step}", step=step, view="components", **panel)
     flow.group("Where the choices are", below=group, across=True, color=GREEN)
     flow.add("GMFlowInspector", "Entropy at step 2", step=2, view="entropy", **panel)
-    last = flow.add("GMFlowInspector", "Weights at step 2", step=2, view="weights", **panel)
-    flow.add("PreviewAny", "Numbers of every step (JSON)", size=(620, 590), source=last["statistics"])
+    last = flow.add("GMFlowInspector", "All steps", step=2, view="timeline", **panel)
+    flow.add("PreviewAny", "Numbers of every step (JSON)", size=(620, 830), source=last["statistics"])
 
 
 def imagenet_gmdit(flow: Flow) -> None:

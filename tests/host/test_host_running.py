@@ -2,12 +2,16 @@
 
 import json
 import os
+import posixpath
+import re
 import statistics
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gmflow_core import GMDenoiser, flow_sigmas, load_checkpoint, sample_gm_ode
 from gmflow_core.schedule import default_substeps
@@ -84,7 +88,34 @@ def test_the_inspector(host, digits, solver):
     result = host.done(g.graph)
     assert all(len(result.images(panel)) == 1 for panel in panels)
     figures = json.loads(result.outputs[text[0]]["text"][0])
-    assert isinstance(figures, (dict, list)) and "sigma" in json.dumps(figures)
+    assert [step["step"] for step in figures["steps"]] == [0, 1, 2] and figures["image"] == 1
+
+
+def test_the_page_finds_a_pixels_components(host, digits, tmp_path):
+    """The file that web/js/inspector.js reads, through /view as the page does, agrees with the statistics."""
+    g = digits(batch=1, labels="3")
+    trace = g.gm(steps=2).out(1)
+    panel, other = (g.add("GMFlowInspector", trace=trace, step=1, max_components=n) for n in (4, 3))
+    text = g.add("PreviewAny", source=panel.out(1))
+    result = host.done(g.graph)
+    (place,), (place_other,) = (result.outputs[node[0]]["gmflow_pixels"] for node in (panel, other))
+    assert place != place_other and place["type"] == "temp"
+    path = tmp_path / "pixels.safetensors"
+    path.write_bytes(host.get(f"/view?{urllib.parse.urlencode(place)}"))
+    tensors, step = load_file(path), json.loads(result.outputs[text[0]]["text"][0])["steps"][1]
+    assert tensors["weights"].shape == (16, 16, 4) and tensors["rgb"].shape == (16, 16, 5, 3)
+    assert tensors["weights"].float().mean((0, 1)).tolist() == pytest.approx(step["hypotheses"]["weights"], abs=1e-3)
+    assert tensors["entropy"].float().mean().item() == pytest.approx(step["entropy_bits"]["mean"], abs=2e-3)
+
+
+def test_the_page_gets_the_script(host):
+    """It stands among the page's extensions, and asks for nothing that this version does not serve."""
+    (script,) = (path for path in json.loads(host.get("/extensions")) if "gmflow-nodes" in path)
+    text = host.get(script).decode()
+    imported = re.findall(r'from "([^"]+)"', text)
+    assert len(imported) == 2 and "registerExtension" in text
+    for path in imported:
+        assert b"export" in host.get(posixpath.normpath(posixpath.join(posixpath.dirname(script), path)))
 
 
 def test_cancel(host, digits, listener):

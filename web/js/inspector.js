@@ -1,0 +1,181 @@
+// Under GMFlow Inspector: the mean as a picture, and the components of the pixel under the pointer.
+// The numbers are those of a file beside the preview (gmflow_core/pixels.py). Nothing here is saved or sent.
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+const HEIGHT = 206;
+const MARGIN = 20; // what the page leaves around a widget, above and below together
+const ROWS = 8;
+const panels = new WeakMap(); // node -> its panel
+
+app.registerExtension({
+  name: "gmflow.inspector",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name !== "GMFlowInspector") return;
+    const before = nodeType.prototype.onExecuted;
+    nodeType.prototype.onExecuted = function (message) {
+      before?.apply(this, arguments);
+      const found = message?.gmflow_pixels?.[0];
+      if (found) show(this, found);
+    };
+  },
+  loadedGraphNode(node) {
+    if (node.comfyClass !== "GMFlowInspector") return;
+    setTimeout(() => { // of a tab that is opened again; the page gives its outputs back after its nodes
+      const found = app.nodeOutputs?.[node.id]?.gmflow_pixels?.[0];
+      if (found && !panels.has(node) && node.graph) show(node, found);
+    }, 500);
+  },
+});
+
+async function show(node, place) {
+  const panel = panels.get(node) ?? addPanel(node);
+  const latest = (panel.latest = {}); // of several runs the last one is shown, whichever answers first
+  const data = place.note ? null : await load(place).catch((error) => console.warn("GMFlow Inspector:", error));
+  if (panel.latest === latest) draw(panel, data, place.note);
+}
+
+// ---- data ---------------------------------------------------------------------------------------
+
+async function load({ filename, subfolder, type }) {
+  const query = new URLSearchParams({ filename, subfolder, type });
+  const answer = await api.fetchApi(`/view?${query}`);
+  if (!answer.ok) return null; // a preview of an earlier day
+  return parse(await answer.arrayBuffer());
+}
+
+// A safetensors file: the length of a JSON header, the header, the tensors.
+function parse(buffer) {
+  const length = Number(new DataView(buffer).getBigUint64(0, true));
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
+  const tensor = (name) => {
+    const { dtype, shape, data_offsets: [start, end] } = header[name];
+    const bytes = buffer.slice(8 + length + start, 8 + length + end);
+    return { shape, values: dtype === "F16" ? Float32Array.from(new Uint16Array(bytes), half) : new Uint8Array(bytes) };
+  };
+  const [height, width, count, channels] = tensor("means").shape;
+  const values = (name) => tensor(name).values;
+  return {
+    ...JSON.parse(header.__metadata__.gmflow_pixels), height, width, count, channels,
+    weights: values("weights"), means: values("means"), entropy: values("entropy"), rgb: values("rgb"),
+  };
+}
+
+function half(bits) {
+  const exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const size = exponent === 0 ? fraction * 2 ** -24 : exponent === 31 ? Infinity : (1 + fraction / 1024) * 2 ** (exponent - 15);
+  return bits & 0x8000 ? -size : size;
+}
+
+// One pixel, heaviest component first.
+function mixtureAt(data, x, y) {
+  const at = y * data.width + x;
+  const parts = [];
+  for (let k = 0; k < data.count; k++) {
+    const mean = (at * data.count + k) * data.channels, rgb = 3 * (at * (1 + data.count) + 1 + k);
+    parts.push({
+      number: k + 1, weight: data.weights[at * data.count + k], colour: `rgb(${data.colours[k].join()})`,
+      look: `rgb(${data.rgb.slice(rgb, rgb + 3).join()})`,
+      mean: Array.from(data.means.slice(mean, mean + data.channels), (v) => v.toFixed(2)).join("  "),
+    });
+  }
+  parts.sort((a, b) => b.weight - a.weight);
+  return { parts, entropy: data.entropy[at] };
+}
+
+// ---- the widget ---------------------------------------------------------------------------------
+
+function make(tag, style, parent) {
+  const element = document.createElement(tag);
+  Object.assign(element.style, style);
+  parent?.append(element);
+  return element;
+}
+
+function addPanel(node) {
+  const root = make("div", {
+    display: "flex", gap: "10px", padding: "6px", boxSizing: "border-box", width: "100%", height: "100%", minHeight: `${HEIGHT}px`, overflow: "hidden",
+    background: "var(--comfy-input-bg, #222)", color: "var(--input-text, #ddd)", borderRadius: "6px", font: "12px/18px sans-serif",
+  });
+  const frame = make("div", { position: "relative", flex: "none", cursor: "crosshair", alignSelf: "flex-start" }, root);
+  const canvas = make("canvas", { display: "block", imageRendering: "pixelated" }, frame);
+  const box = make("div", { position: "absolute", boxSizing: "border-box", border: "1px solid #fff", outline: "1px solid #000", pointerEvents: "none" }, frame);
+  const text = make("div", { flex: "1", minWidth: "0", overflow: "hidden" }, root);
+  const panel = { node, frame, canvas, box, text, data: null };
+  frame.addEventListener("pointermove", (event) => point(panel, event));
+  frame.addEventListener("click", () => keep(panel));
+  const widget = node.addDOMWidget("gmflow_pixels", "gmflow_pixels", root, {
+    serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT + MARGIN, getMaxHeight: () => HEIGHT + MARGIN,
+    getValue: () => undefined, setValue: () => {},
+  });
+  widget.serialize = false; // no value in a workflow
+  const least = node.computeSize(); // with some room for the preview; no more, for there may be nodes beneath
+  node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1])]);
+  panels.set(node, panel);
+  return panel;
+}
+
+function draw(panel, data, note) {
+  panel.data = data;
+  panel.frame.style.display = data ? "" : "none";
+  if (!data) {
+    panel.text.textContent = note ?? "Run again to see the components of a pixel.";
+    return;
+  }
+  const { width, height, count, rgb } = data, space = HEIGHT - 12;
+  const scale = Math.min(space / height, space / width);
+  Object.assign(panel.canvas, { width, height });
+  Object.assign(panel.canvas.style, { width: `${width * scale}px`, height: `${height * scale}px` });
+  const image = new ImageData(width, height);
+  for (let i = 0; i < width * height; i++) image.data.set([...rgb.slice(3 * i * (1 + count), 3 * i * (1 + count) + 3), 255], 4 * i);
+  panel.canvas.getContext("2d").putImageData(image, 0, 0);
+  const chosen = ["pixel_x", "pixel_y"].map((name) => panel.node.widgets?.find((widget) => widget.name === name)?.value ?? -1);
+  const [x, y] = chosen.map((value, axis) => (value < 0 ? Math.floor([width, height][axis] / 2) : Math.min(value, [width, height][axis] - 1)));
+  describe(panel, x, y);
+}
+
+function point(panel, event) {
+  if (!panel.data) return;
+  const { width, height } = panel.data, area = panel.canvas.getBoundingClientRect();
+  const cell = (at, start, size, count) => Math.max(0, Math.min(count - 1, Math.floor(((at - start) / size) * count)));
+  describe(panel, cell(event.clientX, area.left, area.width, width), cell(event.clientY, area.top, area.height, height));
+}
+
+// A click makes it the pixel of the view "pixel".
+function keep(panel) {
+  for (const [name, value] of [["pixel_x", panel.x], ["pixel_y", panel.y]]) {
+    const widget = panel.node.widgets?.find((each) => each.name === name);
+    if (widget) widget.value = value;
+  }
+  app.graph?.setDirtyCanvas?.(true, true);
+}
+
+function describe(panel, x, y) {
+  const { data, text, box, canvas } = panel;
+  Object.assign(panel, { x, y });
+  const { parts, entropy } = mixtureAt(data, x, y);
+  const unit = [parseFloat(canvas.style.width) / data.width, parseFloat(canvas.style.height) / data.height];
+  const side = unit.map((u) => Math.max(u, 6));
+  Object.assign(box.style, {
+    left: `${(x + 0.5) * unit[0] - side[0] / 2}px`, top: `${(y + 0.5) * unit[1] - side[1] / 2}px`, width: `${side[0]}px`, height: `${side[1]}px`,
+  });
+  text.replaceChildren();
+  const head = make("div", { whiteSpace: "nowrap" }, text);
+  head.textContent = `x ${x}, y ${y}: ${entropy.toFixed(2)} of ${data.bits.toFixed(2)} bits, std ${data.std.toPrecision(3)}`;
+  const shown = parts.slice(0, ROWS).filter(({ weight }) => weight >= 0.0005);
+  for (const part of shown) addRow(text, part, parts[0].weight);
+  const rest = 1 - shown.reduce((sum, part) => sum + part.weight, 0);
+  const foot = make("div", { opacity: 0.65, whiteSpace: "nowrap" }, text);
+  foot.textContent = rest > 0.0005 ? `others: ${(100 * Math.max(rest, 0)).toFixed(1)} %` : data.title;
+}
+
+function addRow(parent, { number, weight, colour, look, mean }, largest) {
+  const row = make("div", { display: "flex", alignItems: "center", gap: "6px", height: "19px" }, parent);
+  row.title = `mean of x_0: ${mean}`;
+  make("span", { width: "16px", textAlign: "right", opacity: 0.65 }, row).textContent = number;
+  make("span", { width: "5px", height: "14px", background: colour }, row);
+  make("span", { width: "26px", height: "14px", background: look, flex: "none", borderRadius: "2px" }, row);
+  const track = make("span", { flex: "1", height: "10px" }, row);
+  make("span", { display: "block", height: "100%", width: `${100 * (weight / (largest || 1))}%`, background: colour, borderRadius: "2px" }, track);
+  make("span", { width: "50px", textAlign: "right" }, row).textContent = `${(100 * weight).toFixed(1)} %`;
+}
