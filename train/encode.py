@@ -27,6 +27,7 @@ from gmflow_core.convert import SD_VAE_SCALE
 from .files import write_atomically
 from .images import ImageList, decode, find_images, say, to_unit
 from .latents import FORMAT, INDEX
+from .vae import load_vae
 
 PLAN = "plan.json"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -44,16 +45,7 @@ class Encoder:
 
 def diffusers_encoder(source: str, device: torch.device) -> Encoder:
     """diffusers' AutoencoderKL, from a folder or from the Hugging Face hub."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError(f"a VAE needs the package diffusers ({error}): python -m pip install diffusers accelerate") from None
-    try:
-        vae = AutoencoderKL.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no AutoencoderKL could be loaded from it ({error}); expected a diffusers folder with "
-                         "config.json, or a name on the hub such as stabilityai/sd-vae-ft-ema") from None
-    vae = vae.eval().requires_grad_(False).to(device)
+    vae = load_vae(source, device)
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(images.to(device)).latent_dist
