@@ -1,8 +1,8 @@
-r"""What GM-ODE and GM-SDE are compared with on 2D data: solvers of the mean velocity, and an ablation.
+r"""What GM-ODE and GM-SDE are compared with: solvers of the mean velocity, and an ablation.
 
 Euler is this package's own GM-ODE 1 with one substep (DDIM on this path). The others are diffusers' schedulers, taken as
-they are: their grid is uniform from 0.999 (UniPC: 1 - 1e-6) instead of 1. diffusers' DEIS is not among them: with flow
-sigmas its grid ends at its last sigma above 0, so that noise stays in the samples.
+they are: their grid is uniform from 0.999 (UniPC: 1 - 1e-6) instead of 1. With flow sigmas the grids of DEIS and SA-Solver
+end at their last sigma above 0, so that noise stays in the samples; here it ends at 0.001, a sigma they can work with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from gmflow_core import flow_sigmas, sample_gm_ode
 from gmflow_core.denoiser import Denoiser
@@ -21,9 +21,13 @@ EULER = "Euler (DDIM)"
 SCHEDULERS = {  # name -> class in diffusers and its settings
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "UniPC 2": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "DEIS 2": ("DEISMultistepScheduler", {"solver_order": 2}),
     "SDE-DPM++ 1 (DDPM)": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
     "SDE-DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "SA-Solver": ("SASolverScheduler", {"predictor_order": 2, "corrector_order": 2}),
 }
+LAST_SIGMA = {"DEIS 2": 1e-3, "SA-Solver": 1e-3}  # where a scheduler has none of its own
+STOCHASTIC = ("SDE-DPM++ 1 (DDPM)", "SDE-DPM++ 2M", "SA-Solver")
 MISSING = (
     "diffusers is not installed, so these baselines are left out: " + ", ".join(SCHEDULERS)
     + '. For them: python -m pip install "diffusers>=0.35"'
@@ -46,18 +50,20 @@ def scheduler(name: str):
     return getattr(diffusers, kind)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, **settings)
 
 
-def mean_velocity(model: nn.Module, x: Tensor, sigma: float) -> Tensor:
-    """The mean of the predicted velocity mixture, (B,2): what a vanilla solver reads of a network."""
-    return model.mixture(model(x, torch.full((x.shape[0],), sigma, device=x.device))).mean()
+def mean_velocity(denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:
+    """u = (x - E[x_0]) / s, with the mean of the (guided) posterior: what a vanilla solver reads of a mixture. Like x."""
+    return (x - denoiser(x, sigma).posterior.mean()) / sigma
 
 
-def sample_scheduler(model: nn.Module, x: Tensor, steps: int, name: str, generator: Generator | None = None) -> Tensor:
-    """Points (B,2) from noise x (B,2) in ``steps`` network calls of a scheduler of ``SCHEDULERS``."""
+def sample_scheduler(denoiser: Denoiser, x: Tensor, steps: int, name: str, generator: Generator | None = None) -> Tensor:
+    """Samples from noise x (B,C,*S) in ``steps`` steps of a scheduler of ``SCHEDULERS``."""
     solver = scheduler(name)
     solver.set_timesteps(steps)
-    options = {"generator": generator} if name.startswith("SDE") else {}
+    if name in LAST_SIGMA:
+        solver.sigmas[-1] = LAST_SIGMA[name]
+    options = {"generator": generator} if name in STOCHASTIC else {}
     for sigma, t in zip(solver.sigmas.tolist(), solver.timesteps):
-        x = solver.step(mean_velocity(model, x, sigma), t, x, **options).prev_sample
+        x = solver.step(mean_velocity(denoiser, x, sigma), t, x, **options).prev_sample
     return x
 
 

@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gmflow_core import GMDenoiser, flow_sigmas, sample_gm_ode, sample_gm_sde
+from gmflow_core import GMDenoiser
 from gmflow_core.pictures import scatter, sheet
-from gmflow_core.schedule import default_substeps
 
-from .baselines import EULER, MISSING, SCHEDULERS, has_diffusers, sample_euler, sample_scheduler, sample_without_reanchoring
+from .baselines import EULER, MISSING, SCHEDULERS, has_diffusers
 from .config import PRESETS, TrainConfig
 from .data import Checkerboard
 from .metrics import cells, figures
+from .sampling import SOLVERS, Setting, solve
 from .trainer import Trainer
 
 STEPS = (1, 2, 4, 8, 16, 32)  # network calls
 ABLATION = "GM-ODE 2, not re-anchored"
 GM_SOLVERS = ("GM-ODE 1", "GM-ODE 2", ABLATION, "GM-SDE 1", "GM-SDE 2")
+KEYS = {title: key for key, title in SOLVERS.items()}
 TITLES = {"k1": "GMFlow K=1", "k8": "GMFlow K=8", "k64": "GMFlow K=64", "vanilla": "vanilla"}
 POINTS, QUICK_POINTS = 32_768, 4096
 FIGURES = {
@@ -90,17 +91,8 @@ def rows(baselines: bool) -> list[Row]:
 @torch.no_grad()
 def draw(model: nn.Module, solver: str, steps: int, x: Tensor, generator: torch.Generator) -> Tensor:
     """Samples (N,2) from noise x (N,2), by a solver of GM_SOLVERS, EULER or SCHEDULERS, in ``steps`` network calls."""
-    denoiser, sigmas = GMDenoiser(model), flow_sigmas(steps)
-    if solver == EULER:
-        return sample_euler(denoiser, x, steps)
-    if solver in SCHEDULERS:
-        return sample_scheduler(model, x, steps, solver, generator)
-    if solver.startswith("GM-SDE"):
-        noise = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
-        return sample_gm_sde(denoiser, x, sigmas, order=int(solver[-1]), noise_sampler=noise)
-    if solver == ABLATION:
-        return sample_without_reanchoring(denoiser, x, sigmas, default_substeps(steps))
-    return sample_gm_ode(denoiser, x, sigmas, order=int(solver[-1]), substeps=default_substeps(steps))
+    setting = Setting("gm-ode2", steps, reanchored=False) if solver == ABLATION else Setting(KEYS[solver], steps)
+    return solve(setting, GMDenoiser(model), x, generator=generator)
 
 
 def sample_all(models: dict[str, nn.Module], table: list[Row], points: int, device: torch.device) -> dict[Row, list[Tensor]]:

@@ -1,0 +1,91 @@
+"""Settings of a sampler as values, and samples drawn with one: what the evaluations compare."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from gmflow_core import Checkpoint, GMDenoiser, SecondOrder, flow_sigmas, sample_gm_ode, sample_gm_sde
+from gmflow_core.denoiser import Denoiser
+from gmflow_core.schedule import default_substeps
+
+from .baselines import EULER, SCHEDULERS, sample_euler, sample_scheduler, sample_without_reanchoring
+
+GM_SOLVERS = {"gm-ode1": "GM-ODE 1", "gm-ode2": "GM-ODE 2", "gm-sde1": "GM-SDE 1", "gm-sde2": "GM-SDE 2"}
+BASELINES = {
+    "euler": EULER, "ddpm": "SDE-DPM++ 1 (DDPM)", "dpm++2m": "DPM++ 2M", "sde-dpm++2m": "SDE-DPM++ 2M",
+    "deis": "DEIS 2", "unipc": "UniPC 2", "sa": "SA-Solver",
+}
+SOLVERS = GM_SOLVERS | BASELINES  # the name on a command line -> the name in a table
+assert set(BASELINES.values()) == {EULER, *SCHEDULERS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to sample. The last five are the paper's ablations; each baseline reads the mean of the guided mixture alone."""
+
+    solver: str                      # a key of SOLVERS
+    steps: int                       # network steps; guidance asks twice at each
+    guidance: float = 0.0            # probabilistic in [0, 1), or a CFG scale >= 1
+    method: str = "probabilistic"    # or "cfg"
+    corrections: int = 0             # correction steps of the second order
+    substeps: int = 0                # of GM-ODE; 0 is the paper's ceil(128 / steps)
+    spectral: bool = True            # GM-SDE colours its noise, if the checkpoint has a spectrum
+    orthogonal: float = 1.0          # projection of probabilistic guidance
+    reanchored: bool = True          # GM-ODE 2 re-anchors the previous posterior
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if not self.reanchored and (self.solver != "gm-ode2" or self.corrections):
+            raise ValueError("only gm-ode2 without corrections can be run without re-anchoring")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > (1 if self.method == "cfg" else 0)
+
+    @property
+    def title(self) -> str:
+        """The solver and what is unusual about it."""
+        notes = [f"{self.corrections} corrections"] * bool(self.corrections) + [f"{self.substeps} substeps"] * bool(self.substeps)
+        notes += ["white noise"] * (not self.spectral) + ["no re-anchoring"] * (not self.reanchored)
+        notes += ["no projection"] * (self.orthogonal == 0) + [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
+        return ", ".join([SOLVERS[self.solver], *notes])
+
+    @property
+    def guidance_title(self) -> str:
+        return "none" if not self.guided else f"{'CFG' if self.method == 'cfg' else 'probabilistic'} {self.guidance:g}"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None, generator: torch.Generator | None = None) -> Tensor:
+    """Samples from noise x (B,C,*S). The stochastic solvers draw from ``generator``, on the CPU."""
+    solver, steps = setting.solver, setting.steps
+    if solver == "euler":
+        return sample_euler(denoiser, x, steps)
+    if solver in BASELINES:
+        return sample_scheduler(denoiser, x, steps, BASELINES[solver], generator)
+    sigmas, substeps = flow_sigmas(steps), setting.substeps or default_substeps(steps)
+    if not setting.reanchored:
+        return sample_without_reanchoring(denoiser, x, sigmas, substeps)
+    options = {"order": int(solver[-1]), "second_order": SecondOrder(correction_steps=setting.corrections)}
+    if solver.startswith("gm-ode"):
+        return sample_gm_ode(denoiser, x, sigmas, substeps=substeps, **options)
+    noise = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
+    spectrum = spectrum if setting.spectral else None
+    return sample_gm_sde(denoiser, x, sigmas, spectrum=spectrum, noise_sampler=noise, **options)
+
+
+@torch.no_grad()
+def draw(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) -> Tensor:
+    """One sample (B,C,H,W) for each label (B,), on the model's device; the noise depends on the seed alone."""
+    model, config = checkpoint.model, checkpoint.config
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size), generator=generator).to(device)
+    denoiser = GMDenoiser(model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method)
+    return solve(setting, denoiser, x, checkpoint.spectrum, generator)
