@@ -1,12 +1,10 @@
-"""The figures of merit, on images whose answer is known."""
+"""What only the digits have, on images whose answer is known."""
 
 import pytest
 import torch
 
 from train.data import INKS, Digits
-from train.evaluate_digits import (
-    grey8, hue_figures, hues, precision_recall, train_svm,
-)
+from train.digits_metrics import digit_figures, grey8, hue_figures, hues, train_svm
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +58,8 @@ def test_svm_reads_inked_digits_it_never_saw(data):
     assert score > 0.94
 
 
-def test_precision_and_recall(real):
-    half, other = real[:600], real[600:1200]
-    same = precision_recall(half, other)
-    assert same["precision"] > 0.7 and same["recall"] > 0.7
-    noise = precision_recall(half, torch.randn(300, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    assert noise["precision"] == 0 and noise["recall"] == 0
-    one = precision_recall(half, half[:5].repeat(60, 1, 1, 1) + 1e-4)  # five images again and again
-    assert one["precision"] == 1 and one["recall"] < 0.1
+def test_all_figures_of_real_digits(data, real):
+    figures = digit_figures(real, data.labels, train_svm(data))
+    assert figures["accuracy"] > 0.99 and 0.09 < figures["class_min"] < figures["class_max"] < 0.11
+    others = digit_figures(real, (data.labels + 1) % 10, train_svm(data))
+    assert others["accuracy"] < 0.01

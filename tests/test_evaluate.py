@@ -1,0 +1,335 @@
+"""The evaluation from end to end with tiny networks: what is measured, resumed, refused and drawn."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gmflow_core import GMDenoiser, GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, flow_sigmas, load_checkpoint
+from gmflow_core import sample_gm_ode, sample_gm_sde, save_checkpoint
+from gmflow_core.checkpoint import LatentSpace
+from train import evaluate
+from train.baselines import has_diffusers
+from train.evaluate import RESULTS, likelihood, main, neighbour_accuracy, open_subject, parse, settings
+from train.evaluate_figures import curves, markdown
+from train.image_metrics import moments, quantise, saturation
+from train.reference import DigitImages, load_reference, measure_reference, real_images
+from train.sampling import SOLVERS, Setting, draw, solve
+from train.vae import Decoder, load_vae
+
+CPU = torch.device("cpu")
+
+
+def save(path, k=2, classes=10, channels=3, size=16, vanilla=False, space=None, names=None):
+    torch.manual_seed(k)
+    config = GMDiTConfig(num_classes=classes, num_gaussians=k, in_channels=channels, sample_size=size, patch_size=4, num_layers=1,
+                         num_heads=2, head_dim=8, logstd_width=8, constant_logstd=0.0 if vanilla else None)
+    model, spectrum = GMDiT(config), SpectrumMLP(SpectrumConfig((channels, size, size), (8, 4)))
+    for net in (model, spectrum):
+        net.init_weights()
+    for p in model.parameters():  # the zeros of a new network would hide what labels and guidance do
+        p.data += 0.1 * torch.randn_like(p)
+    names = names or tuple(str(i) for i in range(classes))
+    save_checkpoint(path, model.eval(), None if vanilla else spectrum.eval(), class_names=names, latent_space=space, training={"step": 7})
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {"gm": save(folder / "gm.safetensors"), "k3": save(folder / "k3.safetensors", 3), "vanilla": save(folder / "plain.safetensors", 1, vanilla=True)}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A feature network of two steps, few real images."""
+    monkeypatch.setattr("train.features.STEPS", 2)
+    monkeypatch.setattr(evaluate, "NLL_SAMPLES", 4)
+
+
+def run(*arguments) -> int:
+    return main([str(a) for a in (*arguments, "--samples", 12, "--batch", 6, "--real-samples", 50, "--device", "cpu")])
+
+
+def rows(out) -> list[dict]:
+    return json.loads((out / RESULTS).read_text())["rows"]
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+def test_settings_are_the_cores_own_solvers(files):
+    """Each solver of a setting is a call of the core with the same noise."""
+    checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(4)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((4, 3, 16, 16), generator=generator)
+    with torch.no_grad():
+        denoiser = GMDenoiser(checkpoint.model, labels, 0.4)
+        want = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43)
+        assert torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4), labels, 3), want)
+        assert not torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4, substeps=1), labels, 3), want)
+        noise = lambda s, t: torch.randn(x.shape, generator=generator)  # noqa: E731
+        want = sample_gm_sde(denoiser, x, flow_sigmas(3), order=1, spectrum=checkpoint.spectrum, noise_sampler=noise)
+        assert torch.equal(draw(checkpoint, Setting("gm-sde1", 3, 0.4), labels, 3), want)
+        assert not torch.equal(draw(checkpoint, Setting("gm-sde1", 3, 0.4, spectral=False), labels, 3), want)
+
+
+@pytest.mark.parametrize("change", [dict(orthogonal=0.0), dict(reanchored=False), dict(corrections=1), dict(substeps=1), dict(method="cfg", guidance=2.0)])
+def test_every_switch_changes_the_samples(files, change):
+    checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(3)
+    plain = dict(solver="gm-ode2", steps=3, guidance=0.4)
+    a, b = draw(checkpoint, Setting(**plain), labels, 1), draw(checkpoint, Setting(**(plain | change)), labels, 1)
+    assert a.isfinite().all() and b.isfinite().all() and not torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s == "euler" or s.startswith("gm") or has_diffusers()])
+def test_every_solver_reads_the_guided_posterior(files, solver):
+    """Baselines too: they step with the mean of the guided mixture."""
+    checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(2)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        out = [solve(Setting(solver, 3, w), GMDenoiser(checkpoint.model, labels, w), x, generator=torch.Generator().manual_seed(0)) for w in (0, 0, 0.4)]
+    assert out[0].isfinite().all() and torch.equal(out[0], out[1]) and not torch.allclose(out[0], out[2], atol=1e-4)
+
+
+def test_impossible_settings():
+    with pytest.raises(ValueError, match="solver must be one of gm-ode1, .*got 'heun'"):
+        Setting("heun", 4)
+    with pytest.raises(ValueError, match="only gm-ode2"):
+        Setting("gm-sde2", 4, reanchored=False)
+
+
+# ---- real images -------------------------------------------------------------------------------
+
+def test_digits_come_in_every_ink():
+    images = DigitImages()
+    assert len(images) == 6 * 1797 == len(images.labels)
+    pixels = images.pixels(torch.arange(6) * 1797)
+    assert len({tuple(p.flatten(1).amax(1).tolist()) for p in pixels}) == 6
+    assert (pixels.amax(1) == pixels[:1].amax(1)).all()
+
+
+def folder_of_images(root, size=20):
+    rng = np.random.default_rng(0)
+    for name, red in (("ant", 200), ("bee", 20)):
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            array = rng.integers(0, 50, (size, size, 3), dtype=np.uint8)
+            array[..., 0] += red
+            Image.fromarray(array).save(root / name / f"{i}.png")
+    return root
+
+
+def mean_colour(pixels):
+    return pixels.float().mean((2, 3)) + torch.tensor([0.0, 1.0, 2.0])
+
+
+def test_a_reference_is_kept_and_read_back(tmp_path):
+    images = real_images(str(folder_of_images(tmp_path / "bugs")), 16)
+    reference = measure_reference(images, mean_colour, 100)
+    pixels = images.pixels(torch.arange(12))
+    assert pixels.shape == (12, 3, 16, 16)
+    torch.testing.assert_close(reference.moments, moments(mean_colour(pixels)))
+    assert reference.saturation == pytest.approx(saturation(pixels).mean().item()) and reference.count == 12
+    assert sorted(reference.labels.tolist()) == [0] * 6 + [1] * 6 and reference.name == "bugs"
+    evaluate.save_reference(tmp_path / "r.safetensors", reference, "colours")
+    again = load_reference(tmp_path / "r.safetensors", "colours")
+    assert torch.equal(again.features, reference.features) and again.saturation == reference.saturation
+    assert load_reference(tmp_path / "r.safetensors", "others") is None and load_reference(tmp_path / "absent", "colours") is None
+    assert measure_reference(images, mean_colour, 8).count == 8
+
+
+def test_a_file_of_adm(tmp_path, rng):
+    array = torch.randint(0, 256, (9, 8, 8, 3), generator=rng).to(torch.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=array.numpy())
+    images = real_images(str(tmp_path / "a.npz"), 8)
+    assert torch.equal(images.pixels(torch.tensor([3])), array[3:4].permute(0, 3, 1, 2))
+    reference = measure_reference(images, mean_colour, 100)
+    assert (reference.labels == -1).all()
+    np.savez(tmp_path / "b.npz", arr_0=array.numpy(), mu=np.full(3, 5.0), sigma=np.eye(3))
+    given = measure_reference(real_images(str(tmp_path / "b.npz"), 8), mean_colour, 100)
+    assert given.mean.tolist() == [5, 5, 5] and torch.equal(given.cov, torch.eye(3, dtype=torch.float64))
+    np.savez(tmp_path / "c.npz", arr_0=array.numpy(), mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(ValueError, match="its mu has 7 features, the feature network 3"):
+        measure_reference(real_images(str(tmp_path / "c.npz"), 8), mean_colour, 100)
+    np.savez(tmp_path / "d.npz", images=array.numpy())
+    with pytest.raises(ValueError, match=r"expected images arr_0 \(N,H,W,3\) uint8"):
+        real_images(str(tmp_path / "d.npz"), 8)
+    (tmp_path / "e.npz").write_text("no")
+    with pytest.raises(ValueError, match="e.npz: cannot be read as .npz"):
+        real_images(str(tmp_path / "e.npz"), 8)
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+def test_accuracy_of_nearest_neighbours():
+    real, labels = torch.tensor([[0.0], [0.1], [0.2], [9.0], [9.1], [9.2]]), torch.tensor([0, 0, 0, 1, 1, 1])
+    fake = torch.tensor([[0.05], [9.05], [8.0], [1.0]])
+    assert neighbour_accuracy(real, labels, fake, torch.tensor([0, 1, 1, 1]), k=3) == 0.75
+
+
+def test_likelihood_is_that_of_the_mixture(files, monkeypatch):
+    """Recomputed with torch.distributions from the network's own output."""
+    monkeypatch.setattr(evaluate, "NLL_SAMPLES", 3)
+    subject = open_subject(files["gm"], None, CPU, "float32")
+    images = DigitImages()
+    found = likelihood(subject, images, batch=3)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:3]
+    x_0, labels, generator = images.pixels(chosen).float() / 127.5 - 1, images.labels[chosen], torch.Generator().manual_seed(0)
+    means = []
+    for j in range(16):
+        s, noise = (j + 0.5) / 16, torch.randn(x_0.shape, generator=generator)
+        with torch.no_grad():
+            packed = subject.checkpoint.model((1 - s) * x_0 + s * noise, torch.full((3,), s), labels)
+            v = subject.checkpoint.model.mixture(packed)
+        normal = torch.distributions.Independent(torch.distributions.Normal(v.means.permute(0, 3, 4, 1, 2), v.log_std.exp()[:, 0, 0, 0, 0].view(3, 1, 1, 1, 1)), 1)
+        weights = torch.distributions.Categorical(logits=v.log_weights[:, :, 0].permute(0, 2, 3, 1))
+        log_prob = torch.distributions.MixtureSameFamily(weights, normal).log_prob((noise - x_0).permute(0, 2, 3, 1))
+        means.append(-log_prob.mean().item())
+    assert found["mean"] == pytest.approx(sum(means) / 16, rel=1e-4)
+    assert found["quarters"] == pytest.approx([sum(means[4 * q : 4 * q + 4]) / 4 for q in range(4)], rel=1e-4)
+    assert likelihood(open_subject(files["vanilla"], None, CPU, "float32"), images, 3) is None
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+def test_a_sweep_is_resumed_and_added_to(files, tmp_path, quick, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2, "--out", out) == 0
+    first = rows(out)
+    assert len(first) == 2 * 2 * 4
+    row = next(r for r in first if r["solver"] == "gm-ode2" and r["steps"] == 2 and r["guidance"] == 0.3)
+    checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(12) % 10
+    x = torch.cat([draw(checkpoint, Setting("gm-ode2", 2, 0.3), part, i) for i, part in enumerate(labels.split(6))])
+    assert row["saturation"] == pytest.approx(saturation(quantise(x)).mean().item(), rel=1e-4)
+    assert {"fid", "precision", "recall", "overshoot", "accuracy", "on_palette", "one_ink", "images_per_second"} <= set(row)
+    assert Image.open(out / row["picture"]).width > 10 * 16
+
+    monkeypatch.setattr(evaluate, "draw", lambda *_: pytest.fail("a finished row is sampled again"))
+    assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2, "--out", out) == 0
+    assert rows(out) == first
+    monkeypatch.setattr(evaluate, "draw", draw)
+    assert run(files["k3"], files["vanilla"], "--data", "digits", "--steps", 1, 2, "--out", out) == 0
+    assert len(rows(out)) == len(first) + 4 + 2 and rows(out)[: len(first)] == first
+    content = json.loads((out / RESULTS).read_text())
+    assert [(c["components"], c["vanilla"], c["steps"]) for c in content["checkpoints"].values()] == [(2, False, 7), (3, False, 7), (1, True, 7)]
+    assert content["checkpoints"]["gm"]["nll"] and content["checkpoints"]["plain"]["nll"] is None
+    for name in ("figure6.png", "figure7.png", "saturation.png", "compare.png"):
+        assert min(Image.open(out / name).size) > 100
+    table = (out / "table.md").read_text()
+    assert table.count("\n| gm |") == 17 and "Euler (DDIM)" in table and table in capsys.readouterr().out
+
+    assert run(files["gm"], "--data", "digits", "--out", out, "--seed", 4) == 2
+    assert "compares with something else (seed: 0 there, 4 asked for); choose another --out" in capsys.readouterr().err
+    other = save(tmp_path / "gm.safetensors", 4)
+    assert run(other, "--data", "digits", "--out", out) == 2
+    assert "another checkpoint of the name gm" in capsys.readouterr().err
+
+
+def test_what_suits_a_checkpoint(files):
+    gm, vanilla = (open_subject(files[k], None, CPU, "float32") for k in ("gm", "vanilla"))
+    ask = lambda *more: parse(["x", "--data", "digits", "--steps", "4", "8", *more])  # noqa: E731
+    assert [(s.solver, s.steps) for s in settings(gm, ask())] == [("gm-ode2", 4), ("gm-ode2", 8), ("gm-sde2", 4), ("gm-sde2", 8)]
+    assert [s.solver for s in settings(vanilla, ask())] == ["euler", "euler"]
+    both = ask("--solvers", "gm-ode1", "ddpm", "--guidance", "0", "0.3", "--cfg", "2", "--corrections", "1")
+    assert {(s.solver, s.guidance, s.method, s.corrections) for s in settings(gm, both)} == {
+        (s, w, m, c) for s, c in (("gm-ode1", 1), ("ddpm", 0)) for w, m in ((0.0, "probabilistic"), (0.3, "probabilistic"), (2.0, "cfg"))}
+    assert {(s.solver, s.guidance, s.method) for s in settings(vanilla, both)} == {("ddpm", 0.0, "probabilistic"), ("ddpm", 2.0, "cfg")}
+    found = settings(gm, parse(["x", "--data", "digits", "--solvers", "gm-ode1", "--steps", "4", "--guidance", "0.3", "--ablations"]))
+    assert [s.title for s in found] == ["GM-ODE 1", "GM-SDE 2", "GM-SDE 2, white noise", "SDE-DPM++ 2M", "GM-ODE 2", "GM-ODE 2, 1 substeps",
+                                        "GM-ODE 2, no re-anchoring", "GM-ODE 2, no projection"]
+
+
+def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):
+    """Features stand in for Inception's; accuracy is by neighbours, likelihood needs the same classes."""
+    monkeypatch.setattr(evaluate, "inception", lambda weights, device: mean_colour)
+    folder = folder_of_images(tmp_path / "bugs")
+    same, other = save(tmp_path / "same.safetensors", classes=2, names=("ant", "bee")), save(tmp_path / "other.safetensors", 3, classes=2)
+    assert run(same, other, "--data", folder, "--steps", 2, "--solvers", "gm-ode1", "--out", tmp_path / "out") == 0
+    content = json.loads((tmp_path / "out" / RESULTS).read_text())
+    assert len(content["rows"]) == 2 and all(0 <= r["accuracy"] <= 1 and r["fid"] > 0 for r in content["rows"])
+    assert content["checkpoints"]["same"]["nll"]["mean"] and content["checkpoints"]["other"]["nll"] is None
+
+
+def tiny_vae(path, **options):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(**(dict(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, scaling_factor=0.7) | options)).save_pretrained(path)
+    return path
+
+
+def test_latents_are_decoded(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "inception", lambda weights, device: mean_colour)
+    vae, folder = tiny_vae(tmp_path / "vae"), folder_of_images(tmp_path / "bugs")
+    model = save(tmp_path / "latent.safetensors", classes=2, channels=4, size=8, space=LatentSpace("sd-vae", 0.7, 0.0), names=("ant", "bee"))
+    assert run(model, "--data", folder, "--steps", 2, "--out", tmp_path / "out") == 2
+    assert "a model of latents (sd-vae); name their VAE with --vae" in capsys.readouterr().err
+    assert run(model, "--data", folder, "--steps", 2, "--vae", vae, "--out", tmp_path / "out") == 0
+    (row, _), content = rows(tmp_path / "out"), json.loads((tmp_path / "out" / RESULTS).read_text())
+    assert row["fid"] > 0 and content["checkpoints"]["latent"]["nll"]["mean"]
+    net = load_vae(str(vae), CPU)
+    decode = Decoder(net, "vae", LatentSpace("sd-vae", 0.7, 0.0), 4)
+    z = torch.randn(1, 4, 8, 8)
+    assert decode.size(8) == 16 and torch.equal(decode(z), net.decode(z / 0.7).sample)
+    image = torch.rand(1, 3, 16, 16)
+    assert torch.equal(decode.encode(image), 0.7 * net.encode(image).latent_dist.mean)
+    with pytest.raises(ValueError, match="decodes 4 channels, the model makes 16"):
+        Decoder(net, "vae", LatentSpace("sd-vae", 0.7), 16)
+    with pytest.raises(ValueError, match="has the scale 0.7, the model's latents 0.18215"):
+        Decoder(net, "vae", LatentSpace("sd-vae", 0.18215), 4)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "digits", "--solvers", "heun"], "no solver heun; there are gm-ode1"),
+    (["--data", "digits", "--guidance", "1.5"], r"probabilistic scales in \[0, 1\), got 1.5; CFG scales are --cfg"),
+    (["--data", "digits", "--cfg", "0.5"], "--cfg must be >= 1, got 0.5"),
+    (["--data", "digits", "--steps", "0"], "--steps must be >= 1, got 0"),
+])
+def test_bad_arguments(files, arguments, message, capsys):
+    import re
+
+    with pytest.raises(SystemExit):
+        main([str(files["gm"]), *arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_bad_input(files, tmp_path, capsys, quick):
+    mlp = GMMLP(GMMLPConfig(num_gaussians=2, width=8, num_layers=2))
+    save_checkpoint(tmp_path / "points.safetensors", mlp)
+    folder = folder_of_images(tmp_path / "bugs")
+    wide = save(tmp_path / "wide.safetensors", size=32)
+    for arguments, message in (
+        ((tmp_path / "points.safetensors", "--data", "digits"), "a model of 2D points"),
+        ((tmp_path / "absent.safetensors", "--data", "digits"), "absent.safetensors"),
+        ((wide, "--data", "digits"), "--data digits are 16x16 pictures, the model makes 32x32"),
+        ((files["gm"], wide, "--data", folder), "wide makes 32 pixels, gm 16: evaluate them apart"),
+        ((files["gm"], files["gm"], "--data", "digits"), "checkpoints need different names"),
+        ((files["gm"], "--data", folder / "ant" / "0.png"), "is a file; the data must be a folder"),
+        ((files["gm"], "--data", folder, "--inception", tmp_path / "no.pth"), "no.pth"),
+    ):
+        assert run(*arguments, "--out", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / RESULTS).write_text("[]")
+    assert run(files["gm"], "--data", "digits", "--out", tmp_path / "broken") == 2
+    assert "not results of this program" in capsys.readouterr().err and (tmp_path / "broken" / RESULTS).read_text() == "[]"
+
+
+# ---- the figures' lines ------------------------------------------------------------------------
+
+def test_curves_begin_unguided_and_rise():
+    def row(steps, guidance, method="probabilistic", **more):
+        return {"checkpoint": "a", "precision": guidance, **Setting("gm-ode2", steps, guidance, method).to_dict(), **more}
+
+    found = [row(8, 0.5), row(8, 0.0), row(8, 0.2), row(4, 0.0), row(4, 0.3), row(8, 3.0, "cfg"), row(8, 2.0, "cfg")]
+    lines = curves({"rows": found, "checkpoints": {"a": {"vanilla": False}}})
+    assert {name: [r["guidance"] for r in line] for name, line in lines.items()} == {
+        "GMFlow, GM-ODE 2, probabilistic": [0.0, 0.2, 0.5], "GMFlow, GM-ODE 2, CFG": [0.0, 2.0, 3.0]}
+
+
+def test_a_table_without_figures_is_still_one():
+    results = {"rows": [], "checkpoints": {}, "samples": 5, "seed": 0, "real_images": 3, "reference": "x", "real_saturation": 0.5}
+    assert "5 samples a row" in markdown(results)

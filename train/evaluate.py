@@ -1,0 +1,337 @@
+r"""How good is a checkpoint? ``python -m train.evaluate CHECKPOINT --data digits --steps 1 2 4 8 --guidance 0 0.3``
+
+Samples with every solver, number of steps and guidance scale asked for, and compares with real images: FID, improved
+precision and recall, saturation, accuracy where classes allow; of the mixture itself the negative log-likelihood. Rows
+are added to OUT/results.json as they are made: run again to go on, or with other settings or checkpoints to add theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gmflow_core import Checkpoint, GMDenoiser, GMDiTConfig, load_checkpoint
+from gmflow_core.path import add_noise
+from gmflow_core.pictures import image_grid
+
+from .data import Digits
+from .digits_metrics import digit_figures, train_svm
+from .evaluate_figures import markdown, save_figures
+from .features import Features, digits_features, inception
+from .files import write_atomically
+from .image_metrics import distances, frechet_distance, moments, overshoot, precision_recall, quantise, saturation
+from .images import say, to_unit
+from .reference import Images, Reference, load_reference, measure_reference, real_images, save_reference
+from .runlog import short
+from .sampling import BASELINES, GM_SOLVERS, SOLVERS, Setting, draw
+from .vae import Decoder, load_vae
+
+RESULTS, REFERENCE, SAMPLES = "results.json", "reference.safetensors", "samples"
+SHOWN = 10        # samples of every row that are kept as a picture, one a class
+NLL_SAMPLES, NLL_SIGMAS = 512, 16
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A checkpoint under evaluation."""
+
+    name: str
+    digest: str
+    checkpoint: Checkpoint
+    decode: Decoder | None       # None where samples are images already
+
+    @property
+    def vanilla(self) -> bool:
+        return self.checkpoint.config.num_gaussians == 1 and self.checkpoint.config.constant_logstd is not None
+
+    @property
+    def image_size(self) -> int:
+        size = self.checkpoint.config.sample_size
+        return size if self.decode is None else self.decode.size(size)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Samples (B,C,H,W) as images (B,3,S,S) on the CPU."""
+        return (x.float() if self.decode is None else self.decode(x)).cpu()
+
+
+def open_subject(path: Path, vae: str | None, device: torch.device, precision: str) -> Subject:
+    """ValueError if it is no checkpoint of images, or wants a VAE and there is none."""
+    checkpoint = load_checkpoint(path)
+    config, space = checkpoint.config, checkpoint.latent_space
+    if not isinstance(config, GMDiTConfig):
+        raise ValueError(f"{path}: a model of 2D points; for those see python -m train.reproduce checkerboard")
+    decode = None
+    if space.kind != "rgb":
+        if vae is None:
+            raise ValueError(f"{path}: a model of latents ({space.kind}); name their VAE with --vae")
+        decode = Decoder(load_vae(vae, device), vae, space, config.in_channels)
+    checkpoint.model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if checkpoint.spectrum is not None:
+        checkpoint.spectrum.to(device)
+    name = path.parent.name if path.stem == "checkpoint" and path.parent.name else path.stem
+    return Subject(name, digest(path), checkpoint, decode)
+
+
+def digest(path: Path) -> str:
+    """Of a checkpoint's files: tells whether it is the one that was evaluated."""
+    total = hashlib.sha256()
+    for part in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        with open(part, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:12]
+
+
+# ---- one row -----------------------------------------------------------------------------------
+
+Judge = Callable[[Tensor, Tensor], dict[str, float]]  # images (N,3,S,S) in [-1,1] and labels (N,) -> figures
+
+
+def sample_features(subject: Subject, setting: Setting, features: Features, judge: Judge | None, samples: int, batch: int, seed: int):
+    """Features (N,D), labels (N,), means of the figures that need images, the first images, and the seconds of sampling."""
+    classes = subject.checkpoint.config.num_classes
+    labels = torch.arange(samples) % classes
+    parts, sums, first, seconds = [], {}, [], 0.0
+    for i, part in enumerate(tqdm(labels.split(batch), desc=f"{setting.title}, {setting.steps} steps", unit="batch", leave=False)):
+        start = time.perf_counter()
+        # A batch's seed depends on its place alone: the same noise for every setting.
+        x = subject.images(draw(subject.checkpoint, setting, part, (seed << 20) + i))
+        seconds += time.perf_counter() - start
+        if not x.isfinite().all():
+            raise ValueError(f"{subject.name}, {setting.title}, {setting.steps} steps: samples are not finite")
+        pixels = quantise(x)
+        parts.append(features(pixels))
+        shades = {"saturation": saturation(pixels), "overshoot": overshoot(x)}
+        for name, value in shades.items():
+            sums[name] = sums.get(name, 0.0) + value.sum().item() / samples
+        if judge is not None or sum(map(len, first)) < SHOWN:
+            first.append(x)
+    return torch.cat(parts), labels, sums, torch.cat(first), seconds
+
+
+def measure(subject: Subject, setting: Setting, reference: Reference, features: Features, judge: Judge | None, options) -> tuple[dict, Tensor]:
+    """All figures of one setting, and its first images."""
+    found, labels, figures, images, seconds = sample_features(
+        subject, setting, features, judge, options.samples, options.batch, options.seed
+    )
+    precision, recall = precision_recall(reference.features, reference.radius, found)
+    row = {
+        "checkpoint": subject.name, "digest": subject.digest, "components": subject.checkpoint.config.num_gaussians,
+        **setting.to_dict(), "fid": frechet_distance(reference.moments, moments(found)), "precision": precision, "recall": recall,
+        **figures,
+    }
+    if judge is not None:
+        row |= judge(images, labels)
+    elif (reference.labels >= 0).all():
+        row["accuracy"] = neighbour_accuracy(reference.features, reference.labels, found, labels)
+    return row | {"seconds": seconds, "images_per_second": len(labels) / seconds}, images[:SHOWN]
+
+
+def neighbour_accuracy(real: Tensor, real_labels: Tensor, fake: Tensor, labels: Tensor, k: int = 5) -> float:
+    """The share of samples whose class is that of most of their k nearest real images, in features."""
+    nearest = torch.cat([distances(part, real).topk(k, largest=False).indices for part in fake.split(1024)])
+    return (real_labels[nearest].mode(1).values == labels).double().mean().item()
+
+
+@torch.no_grad()
+def likelihood(subject: Subject, images: Images, batch: int) -> dict | None:
+    r"""NLL -log q(u | x_t) of the true velocity under the predicted mixture, in nats a pixel, summed over channels: its mean over 16 noise
+    levels evenly between 0 and 1 and up to 512 real images, and by quarter of sigma. None for a vanilla model, whose
+    variance is not learned, and without class labels that are the model's.
+    """
+    names = subject.checkpoint.class_names
+    if subject.vanilla or images.labels is None or names is None or images.class_names != tuple(names):
+        return None
+    denoiser = GMDenoiser(subject.checkpoint.model)
+    device = next(subject.checkpoint.model.parameters()).device
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:NLL_SAMPLES]
+    sums = torch.zeros(NLL_SIGMAS, dtype=torch.float64)
+    for i, index in enumerate(chosen.split(batch)):
+        x_0 = to_unit(images.pixels(index))
+        x_0 = x_0.to(device) if subject.decode is None else subject.decode.encode(x_0)
+        labels, generator = images.labels[index].to(device), torch.Generator().manual_seed(i)
+        for j in range(NLL_SIGMAS):
+            sigma = (j + 0.5) / NLL_SIGMAS
+            noise = torch.randn(x_0.shape, generator=generator).to(device)
+            velocity = denoiser.velocity(add_noise(x_0, noise, sigma), sigma, labels)
+            sums[j] -= velocity.log_prob(noise - x_0).double().mean((1, 2)).sum().item()
+    means = sums / len(chosen)
+    return {"mean": means.mean().item(), "quarters": means.view(4, -1).mean(1).tolist()}
+
+
+# ---- the sweep ---------------------------------------------------------------------------------
+
+def settings(subject: Subject, args: argparse.Namespace) -> list[Setting]:
+    """What was asked for and suits the checkpoint: a vanilla model has neither GM solvers nor probabilistic guidance."""
+    allowed = BASELINES if subject.vanilla else SOLVERS
+    solvers = [s for s in args.solvers or (("euler",) if subject.vanilla else ("gm-ode2", "gm-sde2")) if s in allowed]
+    scales = [(w, "probabilistic") for w in args.guidance if w == 0 or not subject.vanilla] + [(w, "cfg") for w in args.cfg]
+    grid = [(steps, w, method) for w, method in scales for steps in args.steps]
+    plain = dict(corrections=args.corrections, substeps=args.substeps)
+    found = [Setting(s, n, w, m, **(plain if s in GM_SOLVERS else {})) for s in solvers for n, w, m in grid]
+    return found + (ablations(grid) if args.ablations and not subject.vanilla else [])
+
+
+def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
+    """The paper's, at every point of a grid: A2 white noise, A4 DPM-Solver++ SDE on the mixture's mean, B1 no substeps, no
+    projection, no re-anchoring. (A3 is ``--cfg``; A5 is a training, with transition_ratio=1.)"""
+    found = []
+    for n, w, method in grid:
+        found += [Setting("gm-sde2", n, w, method), Setting("gm-sde2", n, w, method, spectral=False), Setting("sde-dpm++2m", n, w, method)]
+        found += [Setting("gm-ode2", n, w, method), Setting("gm-ode2", n, w, method, substeps=1)]
+        found += [Setting("gm-ode2", n, w, method, reanchored=False)]
+        if w and method == "probabilistic":
+            found += [Setting("gm-ode2", n, w, method, orthogonal=0.0)]
+    return found
+
+
+class Results:
+    """OUT/results.json: read, added to, written after every row."""
+
+    def __init__(self, path: Path, facts: dict):
+        self.path, self.content = path, {**facts, "checkpoints": {}, "rows": []}
+        if path.exists():
+            try:
+                self.content = json.loads(path.read_text(encoding="utf-8"))
+                changed = [f"{k}: {self.content[k]} there, {facts[k]} asked for" for k in facts if self.content[k] != facts[k]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: not results of this program ({error}); choose another --out") from None
+            if changed:
+                raise ValueError(f"{path} compares with something else ({'; '.join(changed)}); choose another --out")
+
+    def has(self, subject: Subject, setting: Setting) -> bool:
+        wanted = {"digest": subject.digest, **setting.to_dict()}
+        return any(wanted.items() <= row.items() for row in self.content["rows"])
+
+    def about(self, subject: Subject, nll: Callable[[], dict | None]) -> None:
+        """Remember a checkpoint. ValueError if another one has its name."""
+        known = self.content["checkpoints"]
+        if subject.name not in known:
+            config, training = subject.checkpoint.config, subject.checkpoint.training
+            known[subject.name] = {
+                "digest": subject.digest, "components": config.num_gaussians, "vanilla": subject.vanilla,
+                "steps": training.get("step"), "nll": nll(),
+            }
+        elif known[subject.name]["digest"] != subject.digest:
+            raise ValueError(f"{self.path} holds another checkpoint of the name {subject.name}; choose another --out, or rename the file")
+
+    def add(self, row: dict) -> None:
+        self.content["rows"].append({name: short(value) for name, value in row.items()})
+        self.write()
+
+    def write(self) -> None:
+        text = json.dumps(self.content, indent=1) + "\n"
+        write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def sweep(args: argparse.Namespace) -> dict:
+    """Everything that was asked for; the content of results.json."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    subjects = [open_subject(path, args.vae, device, args.precision) for path in args.checkpoints]
+    if len({s.name for s in subjects}) < len(subjects):
+        raise ValueError(f"checkpoints need different names, got {', '.join(s.name for s in subjects)}: rename a file or its folder")
+    images = real_images(args.data, subjects[0].image_size)
+    for subject in subjects:
+        if subject.image_size != subjects[0].image_size:
+            raise ValueError(f"{subject.name} makes {subject.image_size} pixels, {subjects[0].name} {subjects[0].image_size}: "
+                             "evaluate them apart")
+    is_digits = args.data == "digits"
+    kind = f"{'digits' if is_digits else 'inception'} {Path(args.data).name} {len(images)} {args.real_samples} {subjects[0].image_size}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    features = digits_features(images.data) if is_digits else inception(args.inception, device)
+    reference = load_reference(args.out / REFERENCE, kind)
+    if reference is None:
+        reference = measure_reference(images, features, args.real_samples)
+        save_reference(args.out / REFERENCE, reference, kind)
+    results = Results(args.out / RESULTS, {
+        "reference": reference.name, "real_images": reference.count, "real_saturation": short(reference.saturation),
+        "samples": args.samples, "seed": args.seed,
+    })
+    svm = train_svm(Digits.load()) if is_digits else None
+    judge = (lambda images, labels: digit_figures(images, labels, svm)) if is_digits else None
+    for subject in subjects:
+        results.about(subject, lambda: likelihood(subject, images, args.batch))
+        for setting in tqdm(settings(subject, args), desc=subject.name, unit="row"):
+            if not results.has(subject, setting):
+                row, shown = measure(subject, setting, reference, features, judge, args)
+                save_shown(args.out, row, shown)
+                results.add(row)
+                say(f"{subject.name}, {setting.title}, guidance {setting.guidance_title}, {setting.steps} steps: "
+                    f"FID {row['fid']:.2f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}")
+    results.write()
+    return results.content
+
+
+def save_shown(out: Path, row: dict, images: Tensor) -> None:
+    """The first images of a row as OUT/samples/NAME.png; the row gets the name."""
+    setting = Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
+    words = [row["checkpoint"], setting.title, f"{setting.steps} steps", setting.guidance_title]
+    name = "".join(c if c.isalnum() or c in "-.+" else "_" for c in " ".join(words)) + ".png"
+    (out / SAMPLES).mkdir(exist_ok=True)
+    image_grid(images, len(images), scale=max(1, 32 // images.shape[-1])).save(out / SAMPLES / name)
+    row["picture"] = f"{SAMPLES}/{name}"
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("``")[0])
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--data", required=True, help="real images: digits, a folder with a subfolder for each class, or ADM's .npz")
+    parser.add_argument("--solvers", nargs="+", metavar="NAME", help=f"of {', '.join(SOLVERS)} (default gm-ode2 gm-sde2; euler for a vanilla model)")
+    parser.add_argument("--steps", nargs="+", type=int, default=[8], metavar="N", help="network steps (default 8)")
+    parser.add_argument("--guidance", nargs="+", type=float, default=[0.0], metavar="W", help="probabilistic scales in [0, 1) (default 0, none)")
+    parser.add_argument("--cfg", nargs="+", type=float, default=[], metavar="S", help="also vanilla CFG of these scales, 1 or more (A3)")
+    parser.add_argument("--corrections", type=int, default=0, help="correction steps of the second order (default 0)")
+    parser.add_argument("--substeps", type=int, default=0, help="of GM-ODE (default 0: 128 / steps, as published)")
+    parser.add_argument("--ablations", action="store_true", help="also the paper's ablations A2, A4, B1, no projection, no re-anchoring")
+    parser.add_argument("--samples", type=int, default=1000, help="samples of each setting, its classes in turn (default 1000; the paper: 50000)")
+    parser.add_argument("--real-samples", type=int, default=50_000, help="real images at most (default 50000)")
+    parser.add_argument("--batch", type=int, default=125, help="samples at a time (default 125)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae", help="of latents: a diffusers AutoencoderKL, a folder or a name on the hub")
+    parser.add_argument("--inception", help="torch-fidelity's weights file (default: it downloads its own)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the network (default float32)")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder (default runs/evaluation)")
+    args = parser.parse_args(arguments)
+    bad = [s for s in args.solvers or () if s not in SOLVERS]
+    if bad:
+        parser.error(f"--solvers: no solver {', '.join(bad)}; there are {', '.join(SOLVERS)}")
+    for name, values, low in (("steps", args.steps, 1), ("samples", [args.samples], 5), ("real-samples", [args.real_samples], 5),
+                              ("batch", [args.batch], 1), ("cfg", args.cfg, 1), ("corrections", [args.corrections], 0), ("substeps", [args.substeps], 0)):
+        if min(values, default=low) < low:
+            parser.error(f"--{name} must be >= {low}, got {min(values)}")
+    if any(not 0 <= w < 1 for w in args.guidance):
+        parser.error(f"--guidance takes probabilistic scales in [0, 1), got {max(args.guidance, key=abs):g}; CFG scales are --cfg")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        results = sweep(args)
+        pictures = save_figures(results, args.out)
+        table = markdown(results)
+        (args.out / "table.md").write_text(table, encoding="utf-8")
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to go on", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table + "\n" + ", ".join(str(args.out / name) for name in [RESULTS, "table.md", *pictures]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
