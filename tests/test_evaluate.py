@@ -12,11 +12,12 @@ from gmflow_core import sample_gm_ode, sample_gm_sde, save_checkpoint
 from gmflow_core.checkpoint import LatentSpace
 from train import evaluate
 from train.baselines import has_diffusers
-from train.evaluate import RESULTS, likelihood, main, neighbour_accuracy, open_subject, parse, settings
+from train.evaluate import RESULTS, main, neighbour_accuracy, parse, settings
 from train.evaluate_figures import curves, markdown
 from train.image_metrics import moments, quantise, saturation
 from train.reference import DigitImages, load_reference, measure_reference, real_images
 from train.sampling import SOLVERS, Setting, draw, solve
+from train.subject import likelihood, open_subject
 from train.vae import Decoder, load_vae
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def files(tmp_path_factory):
 def quick(monkeypatch):
     """A feature network of two steps, few real images."""
     monkeypatch.setattr("train.features.STEPS", 2)
-    monkeypatch.setattr(evaluate, "NLL_SAMPLES", 4)
+    monkeypatch.setattr("train.subject.NLL_SAMPLES", 4)
 
 
 def run(*arguments) -> int:
@@ -171,7 +172,7 @@ def test_accuracy_of_nearest_neighbours():
 
 def test_likelihood_is_that_of_the_mixture(files, monkeypatch):
     """Recomputed with torch.distributions from the network's own output."""
-    monkeypatch.setattr(evaluate, "NLL_SAMPLES", 3)
+    monkeypatch.setattr("train.subject.NLL_SAMPLES", 3)
     subject = open_subject(files["gm"], None, CPU, "float32")
     images = DigitImages()
     found = likelihood(subject, images, batch=3)
