@@ -57,9 +57,11 @@ class Trainer:
         self.ema = copy.deepcopy(self.nets).requires_grad_(False)
         self.shared_out = config.parallel == "fsdp" and self.team.size > 1
         if self.shared_out:
-            self.team.share_out(self.nets), self.team.share_out(self.ema)
+            for nets in (self.nets, self.ema):
+                self.team.share_out(nets)
         else:
-            self.nets.to(device), self.ema.to(device if config.ema_device == "same" else "cpu")
+            self.nets.to(device)
+            self.ema.to(device if config.ema_device == "same" else "cpu")
         self.optimizer = make_optimizer(config, self.nets, device)
         self.step, self.seconds, self.smooth_loss = 0, 0.0, None
         self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite

@@ -68,7 +68,7 @@ def training(config, device: torch.device, repeats: int) -> None:
 @torch.no_grad()
 def sampling(config, device: torch.device, batch: int, steps: int, repeats: int) -> None:
     """Guided samples a second, and what of a step is not the network."""
-    nets = build(config, device)
+    nets = build(config, device).to(device)
     model, spectrum = nets["model"].eval().to(torch.bfloat16 if device.type == "cuda" else torch.float32), nets["spectrum"].eval()
     labels = torch.arange(batch, device=device) % config.model.num_classes
     x = torch.randn(batch, config.model.in_channels, config.model.sample_size, config.model.sample_size, device=device)
