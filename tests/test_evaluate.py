@@ -238,7 +238,7 @@ def test_what_suits_a_checkpoint(files):
         (s, w, m, c) for s, c in (("gm-ode1", 1), ("ddpm", 0)) for w, m in ((0.0, "probabilistic"), (0.3, "probabilistic"), (2.0, "cfg"))}
     assert {(s.solver, s.guidance, s.method) for s in settings(vanilla, both)} == {("ddpm", 0.0, "probabilistic"), ("ddpm", 2.0, "cfg")}
     found = settings(gm, parse(["x", "--data", "digits", "--solvers", "gm-ode1", "--steps", "4", "--guidance", "0.3", "--ablations"]))
-    assert [s.title for s in found] == ["GM-ODE 1", "GM-SDE 2", "GM-SDE 2, white noise", "SDE-DPM++ 2M", "GM-ODE 2", "GM-ODE 2, 1 substeps",
+    assert [s.title for s in found] == ["GM-ODE 1", "GM-SDE 2", "GM-SDE 2, white noise", "SDE-DPM++ 2M", "GM-ODE 2", "GM-ODE 2, 1 substep",
                                         "GM-ODE 2, no re-anchoring", "GM-ODE 2, no projection"]
 
 

@@ -11,7 +11,7 @@ from .sampling import BASELINES, Setting
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")  # Okabe and Ito's, and two more
 MARKS = "osD^vPX*"
 COLUMNS = {
-    "fid": ("FID", "{:.1f}"), "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
+    "fid": ("FID", "{:.2f}"), "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
     "saturation": ("saturation", "{:.3f}"), "overshoot": ("overshoot", "{:.4f}"), "accuracy": ("accuracy", "{:.1%}"),
     "on_palette": ("on palette", "{:.1%}"), "one_ink": ("one ink", "{:.1%}"), "ink_min": ("rarest ink", "{:.1%}"),
 }

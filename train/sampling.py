@@ -49,7 +49,8 @@ class Setting:
     @property
     def title(self) -> str:
         """The solver and what is unusual about it."""
-        notes = [f"{self.corrections} corrections"] * bool(self.corrections) + [f"{self.substeps} substeps"] * bool(self.substeps)
+        counts = (self.corrections, "correction"), (self.substeps, "substep")
+        notes = [f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count]
         notes += ["white noise"] * (not self.spectral) + ["no re-anchoring"] * (not self.reanchored)
         notes += ["no projection"] * (self.orthogonal == 0) + [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
         return ", ".join([SOLVERS[self.solver], *notes])
