@@ -142,7 +142,7 @@ def run_inspect(args) -> None:
     import json
 
     from .panels import draw
-    from .tiles import evened
+    from .tiles import save_animation
     from .trace import Recorder, save_trace, statistics
 
     checkpoint, labels = open_checkpoint(args)
@@ -165,8 +165,7 @@ def run_inspect(args) -> None:
     elif kind == ".safetensors":
         save_trace(trace, args.out)
     elif moving:
-        pictures = evened(pictures)
-        pictures[0].save(args.out, save_all=True, append_images=pictures[1:], duration=700, loop=0)
+        save_animation(pictures, args.out)
     else:
         pictures[0].save(args.out)
     if checkpoint.latent_space.kind == "sd-vae":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .charts import PALETTE
 from .pictures import FAINT, PAPER, TEXT, font, text_width, to_uint8
 
 SMALL, LARGE = 192, 256  # pixels of a tile's longer side, about: of a map, and of a picture finer than its map
@@ -103,3 +104,18 @@ def evened(pictures: Sequence) -> list:
     for frame, picture in zip(frames, pictures):
         frame.paste(picture, (0, 0))
     return frames
+
+
+def save_animation(pictures: Sequence, path, milliseconds: int = 700) -> None:
+    """Pictures as a ``.gif`` or ``.webp`` that repeats; a GIF has one palette, which holds the charts' colours exactly."""
+    from PIL import Image
+
+    frames = evened(pictures)
+    if path.suffix == ".gif":
+        exact = [channel for colour in (PAPER, TEXT, *PALETTE) for channel in colour]
+        adaptive = stacked(frames).quantize(256 - len(exact) // 3).getpalette()
+        palette = Image.new("P", (1, 1))
+        palette.putpalette((exact + adaptive)[: 3 * 256])
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first, *rest = frames
+    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0, lossless=True)

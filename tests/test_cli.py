@@ -1,5 +1,6 @@
 """``python -m gmflow_core`` in-process: files, determinism, and one line for every bad argument."""
 
+import json
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, save_checkpoint
 from gmflow_core.__main__ import BUNDLED, main
+from gmflow_core.charts import PALETTE
 from gmflow_core.labels import LabelError, parse_labels
 from gmflow_core.noise import ImageNoise
 from gmflow_core.convert import LatentSpace
@@ -157,6 +159,32 @@ def test_help_and_exit_codes_of_the_real_command(tmp_path):
     assert shown.returncode == 0 and "demo" in shown.stdout
     bad = subprocess.run([sys.executable, "-m", "gmflow_core", "sample"], capture_output=True, text=True)
     assert bad.returncode == 2 and "Traceback" not in bad.stderr and bad.stderr.count("\n") == 1
+
+
+def test_inspect_draws_moves_counts_and_saves(checkpoint, tmp_path, capsys):
+    """One picture, an animation over the steps, numbers, tensors: by the ending of --out."""
+    for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.json", "a.safetensors"):
+        code, out, err = run(capsys, "inspect", checkpoint, "--labels", "0,2", "--image", 1, "--steps", 3, "--view", "components", "--out", tmp_path / "x" / name)
+        assert code == 0 and name in out, err
+    frames = Image.open(tmp_path / "x" / "a.gif"), Image.open(tmp_path / "x" / "a.webp")
+    assert [frame.n_frames for frame in frames] == [3, 3] and frames[0].size == frames[1].size
+    exact = Image.open(tmp_path / "x" / "a.png").convert("RGB")
+    swatches = {PALETTE[k] for k in range(3)}
+    assert swatches <= {colour for _, colour in exact.getcolors(1 << 24)}
+    assert swatches <= {colour for _, colour in frames[0].convert("RGB").getcolors(1 << 24)}  # though a GIF has 256
+    numbers = json.loads((tmp_path / "x" / "a.json").read_text())
+    assert numbers["image"] == 1 and len(numbers["steps"]) == 3 and len(numbers["hypotheses"]) == 3
+    assert load_file(tmp_path / "x" / "a.safetensors")["step_002.guided.means"].shape == (2, 3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--step", 2], "step: got 2; this trace has steps 0 to 1 (-1 is the last)"), (["--image", 1], "image: got 1; this trace holds images 0 to 0"),
+    (["--view", "aura"], "view must be one of components"), (["--arrange", "random"], "order must be one of aligned, ranked, raw"),
+    (["--view", "pixel", "--pixel", 0, 8], "pixel_y: got 8; this latent is 8 x 8"), (["--out", "x.bmp"], "--out x.bmp: must end in"),
+])
+def test_inspect_refuses_in_one_line(checkpoint, tmp_path, capsys, arguments, words):
+    code, out, err = run(capsys, "inspect", checkpoint, "--labels", 0, "--steps", 2, "--out", tmp_path / "y" / "a.png", *arguments)
+    assert code == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1 and not (tmp_path / "y").exists()
 
 
 def test_demo_draws_its_pictures(tmp_path, capsys):

@@ -109,6 +109,8 @@ function addPanel(node) {
     getValue: () => undefined, setValue: () => {},
   });
   widget.serialize = false; // no value in a workflow
+  const preview = node.widgets.findIndex(({ name }) => name === "$$canvas-image-preview"); // it takes the rest of the node
+  if (preview >= 0) node.widgets.splice(preview, 0, node.widgets.pop());
   const least = node.computeSize(); // with some room for the preview; no more, for there may be nodes beneath
   node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1])]);
   panels.set(node, panel);
@@ -174,7 +176,7 @@ function addRow(parent, { number, weight, colour, look, mean }, largest) {
   row.title = `mean of x_0: ${mean}`;
   make("span", { width: "16px", textAlign: "right", opacity: 0.65 }, row).textContent = number;
   make("span", { width: "5px", height: "14px", background: colour }, row);
-  make("span", { width: "26px", height: "14px", background: look, flex: "none", borderRadius: "2px" }, row);
+  make("span", { width: "26px", height: "14px", background: look, flex: "none", borderRadius: "2px", boxShadow: "0 0 0 1px #8886" }, row);
   const track = make("span", { flex: "1", height: "10px" }, row);
   make("span", { display: "block", height: "100%", width: `${100 * (weight / (largest || 1))}%`, background: colour, borderRadius: "2px" }, track);
   make("span", { width: "50px", textAlign: "right" }, row).textContent = `${(100 * weight).toFixed(1)} %`;
