@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,21 @@ def test_an_interrupted_encoding_goes_on(folder, tmp_path):
     counting = Encoder(lambda images: calls.append(len(images)) or averages(images), "averages", 0.5, 0.25)
     encode(folder, tmp_path / "cut", counting)
     assert calls == [3] and content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_processes_share_the_shards(folder, tmp_path):
+    """The second and third finish first; the first waits for the shard that is late."""
+    encode(folder, tmp_path / "whole")
+    out = tmp_path / "shared"
+    assert encode(folder, out, rank=2, world=3) is None and encode(folder, out, rank=1, world=3) is None
+    assert sorted(content(out)) == ["shard-00001.safetensors", "shard-00002.safetensors"]
+    late = (out / "shard-00002.safetensors").rename(tmp_path / "late")
+    timer = threading.Timer(1.5, lambda: late.rename(out / "shard-00002.safetensors"))
+    timer.start()
+    index = encode(folder, out, rank=0, world=3)
+    assert index["images"] == 11 and content(out) == content(tmp_path / "whole")
+    with pytest.raises(ValueError, match="was begun with size 32"):
+        encode(folder, out, size=16, rank=1, world=3)
 
 
 def test_a_damaged_shard_is_made_again(folder, tmp_path):

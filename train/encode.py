@@ -1,7 +1,7 @@
 """Encode a folder of images to latents: ``python -m train.encode FOLDER --vae PATH_OR_HUB_ID --out DIR``.
 
 The result is what ``data=latents`` trains on (:mod:`.latents`). Run the same command again to go on where
-it stopped: finished shards are kept. A latent is one draw from the VAE's posterior, and that draw depends
+it stopped: finished shards are kept. Under torchrun every process makes its share of the shards. A latent is one draw from the VAE's posterior, and that draw depends
 on nothing but the image's place in the folder.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,34 +60,38 @@ def diffusers_encoder(source: str, device: torch.device) -> Encoder:
 
 def encode_folder(
     images: ImageList, out: Path, encoder: Encoder, *, size: int = 256, flips: bool = False, workers: int = 2,
-    batch: int = 16, shard_size: int = 4096, dtype: str = "float16",
-) -> dict:
-    """Write the shards that are not there yet, then the index, which is returned."""
+    batch: int = 16, shard_size: int = 4096, dtype: str = "float16", rank: int = 0, world: int = 1,
+) -> dict | None:
+    """Write the shards that are not there yet, then the index, which is returned.
+
+    Of ``world`` processes each makes every ``world``-th shard; the first waits for all and writes the index, others return None.
+    """
     count = len(images.paths)
     plan = {
         "format": FORMAT, "vae": encoder.name, "scale": encoder.scale, "shift": encoder.shift, "size": size, "flips": flips,
         "dtype": dtype, "shard_size": shard_size, "classes": list(images.classes), "found": count, "files": digest(images),
     }
     out.mkdir(parents=True, exist_ok=True)
-    check_plan(out / PLAN, plan)
-    shards, broken = [], []
-    with tqdm(total=count, unit="image") as bar, ThreadPoolExecutor(workers) as pool:
-        for first in range(0, count, shard_size):
-            path, chosen = out / f"shard-{first // shard_size:05d}.safetensors", range(first, min(first + shard_size, count))
-            if (made := finished(path)) is None:
+    check_plan(out / PLAN, plan, write=rank == 0)
+    shards = [(out / f"shard-{i:05d}.safetensors", range(count)[i * shard_size : (i + 1) * shard_size]) for i in range(-(-count // shard_size))]
+    mine = shards[rank::world]
+    with tqdm(total=sum(len(chosen) for _, chosen in mine), unit="image", disable=rank > 0) as bar, ThreadPoolExecutor(workers) as pool:
+        for path, chosen in mine:
+            if finished(path) is None:
                 tensors, bad = encode_images(images, chosen, encoder, size, flips, batch, DTYPES[dtype], pool, bar)
                 write_atomically(path, lambda temporary: save_file(tensors, temporary, {"broken": json.dumps(bad)}))
-                made = finished(path)
             else:
                 bar.update(len(chosen))
-            shards += [made] if made["count"] else []
-            broken += made.pop("broken")
-    if not shards:
+    if rank > 0:
+        return None
+    made = [wait_for(path) for path, _ in shards]
+    broken = [name for shard in made for name in shard["broken"]]
+    made = [shard for shard in made if shard["count"]]
+    if not made:
         raise ValueError(f"{images.folder}: none of its {count} images can be read")
-    shape = shards[0]["shape"]
     index = {k: v for k, v in plan.items() if k not in ("files", "shard_size")} | {
-        "shape": shape, "images": sum(s["count"] for s in shards), "broken": broken,
-        "shards": [{"file": s["file"], "count": s["count"]} for s in shards],
+        "shape": made[0]["shape"], "images": sum(s["count"] for s in made), "broken": broken,
+        "shards": [{"file": s["file"], "count": s["count"]} for s in made],
     }
     write_json(out / INDEX, index)
     return index
@@ -140,10 +146,10 @@ def digest(images: ImageList) -> str:
     return hashlib.sha256(names.encode()).hexdigest()
 
 
-def check_plan(path: Path, plan: dict) -> None:
-    """Write the plan of a new folder; ValueError if the folder was begun with another one."""
+def check_plan(path: Path, plan: dict, write: bool) -> None:
+    """``write`` the plan of a new folder; ValueError if the folder was begun with another one."""
     if not path.exists():
-        return write_json(path, plan)
+        return write_json(path, plan) if write else None
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [f"{k} {before.get(k)!r}, not {plan[k]!r}" for k in plan if before.get(k) != plan[k] and k not in ("files", "classes")]
     if before != plan:
@@ -159,6 +165,13 @@ def finished(path: Path) -> dict | None:
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
     return {"file": path.name, "count": shape[0], "shape": shape[1:], "broken": broken}
+
+
+def wait_for(path: Path) -> dict:
+    """What a shard holds, once it is there: another process may still be at it. torchrun ends all if one fails."""
+    while (made := finished(path)) is None:
+        time.sleep(1)
+    return made
 
 
 def write_json(path: Path, value) -> None:
@@ -188,10 +201,12 @@ def main() -> int:
     args = parse()
     try:
         images = find_images(args.folder)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
         index = encode_folder(
             images, args.out, diffusers_encoder(args.vae, device), size=args.size, flips=args.flips, workers=args.workers,
-            batch=args.batch, shard_size=args.shard_size, dtype=args.dtype,
+            batch=args.batch, shard_size=args.shard_size, dtype=args.dtype, rank=rank, world=world,
         )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -199,7 +214,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; run the same command to go on", file=sys.stderr)
         return 130
-    print(f"{args.out}: {index['images']} images, {len(index['classes'])} classes, latents {index['shape']}, {len(index['broken'])} left out")
+    if index is not None:
+        print(f"{args.out}: {index['images']} images, {len(index['classes'])} classes, latents {index['shape']}, {len(index['broken'])} left out")
     return 0
 
 
