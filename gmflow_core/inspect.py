@@ -17,6 +17,8 @@ from .mixture import GaussianFactor, GaussianMixture
 
 # Points of a clustering: enough for a picture, whatever its size.
 MAX_POINTS = 8192
+# Distances that are matched at a time.
+MATCHED = 2**22
 
 
 def weight_entropy(mixture: GaussianMixture) -> Tensor:
@@ -152,23 +154,33 @@ def _flat(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
 
 def _order(points: Tensor, targets: Tensor) -> Tensor:
     """order (B,K,S): which of a pixel's points (B,S,K,C) goes to each of the targets (B,S|1,K,C)."""
-    return torch.stack([_match(p, t) for p, t in zip(points, targets)]).movedim(1, -1)
+    block = max(1, MATCHED // points.shape[2] ** 2)                             # of pixels, for memory
+    order = [
+        torch.cat([_match(*pair) for pair in zip(p.split(block), t.expand_as(p).split(block))])
+        for p, t in zip(points, targets)
+    ]
+    return torch.stack(order).movedim(1, -1)
 
 
 def _match(means: Tensor, targets: Tensor) -> Tensor:
-    """order (S,K): which of a pixel's components (S,K,C) goes to each target (S|1,K,C), one to one."""
-    k = means.shape[1]
+    """order (S,K): which of a pixel's components (S,K,C) goes to each target (S,K,C), one to one, nearest pairs first.
+
+    A pair that is each other's nearest is never taken apart by a nearer one: all such pairs are taken at once.
+    """
     exact = "donot_use_mm_for_euclid_dist"  # the other way rounds small distances to nothing
-    distance = torch.cdist(means, targets.expand_as(means), compute_mode=exact)  # (S,component,target)
+    distance = torch.cdist(means, targets, compute_mode=exact)                  # (S,component,target)
     order = torch.zeros(means.shape[:2], dtype=torch.int64, device=means.device)
-    rows = torch.arange(len(means), device=means.device)
-    for _ in range(k):
-        nearest = distance.flatten(1).argmin(1)
-        component, chosen = nearest // k, nearest % k
-        order[rows, chosen] = component
-        distance[rows, component] = torch.inf
-        distance[rows, :, chosen] = torch.inf
-    return order
+    each = torch.arange(means.shape[1], device=means.device)
+    while True:
+        gap, suitor = distance.min(1)                                           # (S,target)
+        mutual = (distance.argmin(2).gather(1, suitor) == each) & gap.isfinite()
+        pixel, target = mutual.nonzero(as_tuple=True)
+        if len(pixel) == 0:
+            return order
+        component = suitor[pixel, target]
+        order[pixel, target] = component
+        distance[pixel, component] = torch.inf
+        distance[pixel, :, target] = torch.inf
 
 
 def _merge(means: Tensor, weights: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

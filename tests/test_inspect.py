@@ -7,7 +7,7 @@ import torch
 
 from gmflow_core import GaussianMixture
 from gmflow_core.inspect import (
-    align, dominance, dominant_component, effective_components, follow, hypotheses, mean_weights, rank, regions, reorder, spread, weight_entropy,
+    _match, align, dominance, dominant_component, effective_components, follow, hypotheses, mean_weights, rank, regions, reorder, spread, weight_entropy,
 )
 
 
@@ -72,6 +72,23 @@ def test_align_undoes_a_permutation_per_pixel(rng):
     aligned = align(mix)
     assert aligned.means.flatten(3).std(-1).max() < 0.08  # raw: about 0.4
     torch.testing.assert_close(mean_weights(aligned)[0], torch.tensor([0.4, 0.3, 0.2, 0.1]))
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 20])
+def test_matching_takes_the_nearest_pairs_first(rng, k):
+    """Against the plain way: sort all pairs of a pixel by distance, take each whose ends are still free."""
+    means, targets = torch.randn(30, k, 3, generator=rng), torch.randn(30, k, 3, generator=rng)
+    targets[0], means[1] = 0.0, means[1, :1]  # ties: any order will do, but it must be one
+    found = _match(means, targets)
+    assert torch.equal(found.sort(1).values, torch.arange(k).expand(30, k))
+    for pixel in range(2, 30):
+        distance = torch.cdist(means[pixel], targets[pixel], compute_mode="donot_use_mm_for_euclid_dist")
+        expected = {}
+        for pair in distance.flatten().argsort().tolist():
+            component, target = divmod(pair, k)
+            if target not in expected and component not in expected.values():
+                expected[target] = component
+        assert found[pixel].tolist() == [expected[target] for target in range(k)]
 
 
 def test_hypotheses_keep_the_mean_of_every_pixel(rng):

@@ -70,7 +70,7 @@ def digits(host):
 def recognised():
     """How many images (N,3,16,16) in [-1, 1] show the digit asked for, to a classifier of real digits."""
     from train.data import Digits as Real
-    from train.evaluate_digits import grey8, train_svm
+    from train.digits_metrics import grey8, train_svm
 
     svm = train_svm(Real.load())
 
