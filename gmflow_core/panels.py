@@ -154,7 +154,7 @@ def _charts(scene: Scene, width: int, wide: int | None = None) -> dict:
         "entropy": lines("entropy, bits", of("entropy_bits", "entropy"), top=1.05 * _top_bits(scene)),
         "effective": lines("effective components", of("effective_components", "components"), top=1.05 * components, whole=True),
         "std": lines("std, units of x_0", within, of("std_between", "between")),
-        "shift": lines("rms shift of the mean", of("guidance_shift", "guidance", False), of("correction_shift", "2nd order", False)),
+        "shift": lines("rms shift of the mean, x_0", of("guidance_shift", "guidance", False), of("correction_shift", "2nd order", False)),
     }
 
 

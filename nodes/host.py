@@ -238,10 +238,9 @@ def output_file(prefix: str, suffix: str) -> Path:
     return _numbered(prefix, suffix, folder_paths.get_output_directory())
 
 
-def temp_file(prefix: str, suffix: str) -> tuple[Path, dict]:
-    """A new file's name in the folder of previews, and what a page asks ``/view`` for to get it."""
-    path = _numbered(prefix, suffix, folder_paths.get_temp_directory())
-    return path, {"filename": path.name, "subfolder": "", "type": "temp"}
+def temp_file(prefix: str, suffix: str) -> Path:
+    """A new file's name in the folder of previews: ``/view`` of type ``temp`` serves it."""
+    return _numbered(prefix, suffix, folder_paths.get_temp_directory())
 
 
 def _numbered(prefix: str, suffix: str, folder: str) -> Path:

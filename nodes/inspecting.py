@@ -71,9 +71,12 @@ class GMFlowInspector(io.ComfyNode):
         return io.NodeOutput(panel, json.dumps(statistics(recorded, image, max_components)), ui=shown)
 
 
-def pixels(scene: Scene, colours) -> dict:
-    """Where the page finds every pixel's components (web/js/inspector.js), or why it does not."""
-    path, place = host.temp_file("gmflow_pixels", ".safetensors")
+def pixels(scene: Scene, colours) -> str:
+    """The file among the previews where the page finds every pixel's components (web/js/inspector.js), or why there is none.
+
+    A text: the page and programs take objects for files that they may list and show.
+    """
+    path = host.temp_file("gmflow_pixels", ".safetensors")
     if save_pixels(scene, path, colours):
-        return place
-    return {"note": f"No components under the pointer: they would take more than {MOST_BYTES // 2**20} MB. Try fewer max_components."}
+        return path.name
+    return f"No components under the pointer: they would take more than {MOST_BYTES // 2**20} MB. Try fewer max_components."

@@ -28,17 +28,18 @@ app.registerExtension({
   },
 });
 
-async function show(node, place) {
+async function show(node, text) { // a file's name, or why there is none
   const panel = panels.get(node) ?? addPanel(node);
   const latest = (panel.latest = {}); // of several runs the last one is shown, whichever answers first
-  const data = place.note ? null : await load(place).catch((error) => console.warn("GMFlow Inspector:", error));
-  if (panel.latest === latest) draw(panel, data, place.note);
+  const named = text.endsWith(".safetensors");
+  const data = named ? await load(text).catch((error) => console.warn("GMFlow Inspector:", error)) : null;
+  if (panel.latest === latest) draw(panel, data, named ? "Run again to see the components of a pixel." : text);
 }
 
 // ---- data ---------------------------------------------------------------------------------------
 
-async function load({ filename, subfolder, type }) {
-  const query = new URLSearchParams({ filename, subfolder, type });
+async function load(filename) {
+  const query = new URLSearchParams({ filename, type: "temp", subfolder: "" });
   const answer = await api.fetchApi(`/view?${query}`);
   if (!answer.ok) return null; // a preview of an earlier day
   return parse(await answer.arrayBuffer());
@@ -121,7 +122,7 @@ function draw(panel, data, note) {
   panel.data = data;
   panel.frame.style.display = data ? "" : "none";
   if (!data) {
-    panel.text.textContent = note ?? "Run again to see the components of a pixel.";
+    panel.text.textContent = note;
     return;
   }
   const { width, height, count, rgb } = data, space = HEIGHT - 12;
