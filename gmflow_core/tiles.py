@@ -113,7 +113,7 @@ def save_animation(pictures: Sequence, path, milliseconds: int = 700) -> None:
     frames = evened(pictures)
     if path.suffix == ".gif":
         exact = [channel for colour in (PAPER, TEXT, FAINT, *PALETTE) for channel in colour]
-        adaptive = stacked(frames).quantize(256 - len(exact) // 3).getpalette()
+        adaptive = stacked(frames).quantize(256 - len(exact) // 3, method=Image.Quantize.MAXCOVERAGE).getpalette()
         palette = Image.new("P", (1, 1))
         palette.putpalette((exact + adaptive)[: 3 * 256])
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
