@@ -205,7 +205,7 @@ def test_a_sweep_is_resumed_and_added_to(files, tmp_path, quick, monkeypatch, ca
     x = torch.cat([draw(checkpoint, Setting("gm-ode2", 2, 0.3), part, i) for i, part in enumerate(labels.split(6))])
     assert row["saturation"] == pytest.approx(saturation(quantise(x)).mean().item(), rel=1e-4)
     assert {"fid", "precision", "recall", "overshoot", "accuracy", "on_palette", "one_ink", "images_per_second"} <= set(row)
-    assert Image.open(out / row["picture"]).width > 10 * 16
+    assert Image.open(out / row["picture"]).size == (2 + 5 * 34, 2 + 2 * 34)
 
     monkeypatch.setattr(evaluate, "draw", lambda *_: pytest.fail("a finished row is sampled again"))
     assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2, "--out", out) == 0

@@ -196,7 +196,7 @@ def save_shown(out: Path, row: dict, images: Tensor) -> None:
     words = [row["checkpoint"], setting.title, f"{setting.steps} steps", setting.guidance_title]
     name = "".join(c if c.isalnum() or c in "-.+" else "_" for c in " ".join(words)) + ".png"
     (out / SAMPLES).mkdir(exist_ok=True)
-    image_grid(images, len(images), scale=max(1, 32 // images.shape[-1])).save(out / SAMPLES / name)
+    image_grid(images, -(-len(images) // 2), scale=max(1, 32 // images.shape[-1])).save(out / SAMPLES / name)
     row["picture"] = f"{SAMPLES}/{name}"
 
 

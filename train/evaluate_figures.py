@@ -10,6 +10,7 @@ from .sampling import BASELINES, Setting
 
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")  # Okabe and Ito's, and two more
 MARKS = "osD^vPX*"
+TILE = 640  # largest side in compare.png
 COLUMNS = {
     "fid": ("FID", "{:.2f}"), "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
     "saturation": ("saturation", "{:.3f}"), "overshoot": ("overshoot", "{:.4f}"), "accuracy": ("accuracy", "{:.1%}"),
@@ -206,20 +207,29 @@ def figure_7(results: dict, pyplot):
 
 
 def compare(results: dict, out: Path):
-    """The first samples of every solver and number of steps, at each line's lowest and highest guidance: a Pillow image."""
+    """The first samples of every solver and guidance that was run with several numbers of steps: a Pillow image, or None."""
     from PIL import Image
 
     from gmflow_core.pictures import sheet
 
-    lines = {n: rows for n, rows in grouped(results["rows"], lambda r: f"{label(r, results, False)}\n{setting_of(r).guidance_title}").items()}
-    steps = sorted({row["steps"] for row in results["rows"]})
-    lines = {name: {row["steps"]: row for row in rows} for name, rows in lines.items() if len({row["steps"] for row in rows}) == len(steps)}
-    if not lines or len(steps) < 2:
+    lines = grouped(results["rows"], lambda r: f"{label(r, results, False)}\n{guidance_words(r)}")
+    lines = {name: {row["steps"]: row for row in rows} for name, rows in lines.items() if len({row["steps"] for row in rows}) > 1}
+    if not lines:
         return None
-    tiles = []
-    for line in lines.values():
-        with_picture = [out / line[n]["picture"] for n in steps]
-        if not all(path.is_file() for path in with_picture):
-            return None
-        tiles.append([Image.open(path).convert("RGB") for path in with_picture])
-    return sheet(tiles, list(lines), [f"{n} step{'s' * (n > 1)}" for n in steps], "The same noise, every solver", "A step is one network step.")
+    steps = sorted({n for line in lines.values() for n in line})
+
+    def tile(row: dict | None):
+        if row is None or not (out / row["picture"]).is_file():
+            return Image.new("RGB", (1, 1), "white")
+        picture = Image.open(out / row["picture"]).convert("RGB")
+        picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+        return picture
+
+    tiles = [[tile(line.get(n)) for n in steps] for line in lines.values()]
+    return sheet(tiles, list(lines), [f"{n} step{'s' * (n > 1)}" for n in steps], "The same noise and classes")
+
+
+def guidance_words(row: dict) -> str:
+    setting = setting_of(row)
+    return f"guidance {setting.guidance:g}" if setting.guided and setting.method == "probabilistic" else \
+        f"CFG {setting.guidance:g}" if setting.guided else "unguided"
