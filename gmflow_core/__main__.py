@@ -35,7 +35,7 @@ def build_parser() -> Parser:
     look.add_argument("--image", type=number(int, 0), default=0, help="which of the labels, from 0 (default 0)")
     look.add_argument("--arrange", default="aligned", help="components aligned over the image (default), ranked or raw")
     look.add_argument("--max-components", type=number(int, 1), default=8)
-    look.add_argument("--pixel", type=number(int, 0), nargs=2, metavar=("X", "Y"), help="for --view pixel (default the middle)")
+    look.add_argument("--pixel", type=number(int, 0), nargs=2, metavar=("X", "Y"), help="for --view pixel (default the middle); with a .json its mixture at every step")
     look.add_argument("--out", type=Path, default=Path("output/inspect.png"),
                       help=".png or .jpg of one step, .gif or .webp over all steps, .json numbers, .safetensors mixtures (default output/inspect.png)")
 
@@ -154,14 +154,14 @@ def run_inspect(args) -> None:
     recorder = Recorder(images=len(labels))
     sample(checkpoint, labels, batch_size=len(labels), callback=recorder, **sampling_settings(args))
     trace = recorder.trace()
-    panel = lambda step: draw(  # noqa: E731
-        trace, args.view, step, args.image, args.arrange, args.max_components, lambda x: x, args.pixel and tuple(args.pixel)
-    )
+    pixel = args.pixel and tuple(args.pixel)
+    panel = lambda step: draw(trace, args.view, step, args.image, args.arrange, args.max_components, lambda x: x, pixel)  # noqa: E731
     moving = kind in (".gif", ".webp")
     pictures = [] if kind in (".json", ".safetensors") else [panel(step) for step in (range(args.steps) if moving else [args.step])]
+    numbers = statistics(trace, args.image, args.max_components, pixel) if kind == ".json" else None
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".json":
-        args.out.write_text(json.dumps(statistics(trace, args.image, args.max_components), indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     elif kind == ".safetensors":
         save_trace(trace, args.out)
     elif moving:

@@ -16,7 +16,7 @@ from .inspect import dominance, dominant_component, effective_components, mean_w
 from .pictures import heat, sheet, to_uint8
 from .scene import Decode, Scene, look
 from .tiles import captioned, legend, marked, stacked, tile
-from .trace import Trace, step_statistics
+from .trace import Trace, at_pixel, step_statistics
 
 NAMES = {"aligned": "hypotheses", "ranked": "components by rank", "raw": "components"}
 FRAMES = 8  # steps in a strip of pictures, at most
@@ -178,11 +178,7 @@ def _timeline(scene: Scene):
 
 
 def _pixel(scene: Scene):
-    (x, y), (height, width) = scene.pixel, scene.latent
-    for axis, value, size in (("x", x, width), ("y", y, height)):
-        if not 0 <= value < size:
-            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
-    whole = scene.step.corrected.map(lambda t: t if t.shape[-1] == 1 and t.shape[-2] == 1 else t[..., y : y + 1, x : x + 1])
+    (x, y), whole = scene.pixel, at_pixel(scene.step.corrected, scene.pixel)
     channels, weights = whole.channels, whole.weights.flatten().tolist()
     colours = component_colours(whole.components)
     if channels == 3:

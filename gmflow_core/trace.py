@@ -119,12 +119,12 @@ def save_trace(trace: Trace, path) -> None:
 
 # ---- numbers -----------------------------------------------------------------------------------
 
-def statistics(trace: Trace, image: int = 0, count: int = 8) -> dict:
+def statistics(trace: Trace, image: int = 0, count: int = 8, pixel: tuple[int, int] | None = None) -> dict:
     """Numbers of every step of one image, plain and small (docs/statistics.md says what each is).
 
     Entropy in bits, standard deviations and shifts (root mean square over channels) in units of x_0, KL in nats.
     Components are aligned over the image at the first step and followed from there; ``count`` is the number of
-    hypotheses, at most: the pictures' ``max_components``.
+    hypotheses, at most: the pictures' ``max_components``. With ``pixel`` (x, y) each step also has that pixel's mixture.
     """
     centres, aligned, steps = first_regions(trace, image, count), None, []
     for index in range(len(trace.steps)):
@@ -132,6 +132,8 @@ def statistics(trace: Trace, image: int = 0, count: int = 8) -> dict:
         aligned = align(chosen.corrected) if aligned is None else follow(chosen.corrected, aligned)
         merged = hypotheses(chosen.corrected, centres.shape[1], centres)
         steps.append({"step": index} | step_statistics(chosen) | _shares(aligned) | {"hypotheses": _shares(merged)})
+        if pixel is not None:
+            steps[-1]["pixel"] = _pixel(chosen.corrected, pixel)
     centres = [[_number(v) for v in centre] for centre in centres[0].tolist()]
     return {"format": 1, "image": image, "hypotheses": centres, "steps": steps}
 
@@ -140,6 +142,26 @@ def first_regions(trace: Trace, image: int, count: int) -> Tensor:
     """The hypotheses of a trajectory: the regions (1,count,C) of its first step, at most one for each component."""
     first = pick(trace, 0, image).corrected
     return regions(first, min(count, first.components))
+
+
+def at_pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> GaussianMixture:
+    """The mixture (B,K,C,1,1) of one pixel (x, y); ValueError if there is none."""
+    (x, y), (height, width) = pixel, mixture.means.shape[-2:]
+    for axis, value, size in (("x", x, width), ("y", y, height)):
+        if not 0 <= value < size:
+            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
+    means, log_weights = (t[..., y : y + 1, x : x + 1] for t in (mixture.means, mixture.log_weights))
+    return GaussianMixture(means, log_weights, mixture.log_std)
+
+
+def _pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> dict:
+    """One pixel's whole mixture, components as the network numbers them."""
+    one = at_pixel(mixture, pixel)
+    return {
+        "x": pixel[0], "y": pixel[1], "weights": [_number(w) for w in one.weights.flatten().tolist()],
+        "means": [[_number(v) for v in mean] for mean in one.means[0, :, :, 0, 0].tolist()],
+        "std": _number(float(one.log_std.exp().flatten()[0])),
+    }
 
 
 def _shares(mixture: GaussianMixture) -> dict:

@@ -49,7 +49,7 @@ class GMFlowInspector(io.ComfyNode):
             ],
             [
                 io.Image.Output(display_name="panel", tooltip="The picture of the view."),
-                io.String.Output(display_name="statistics", tooltip="JSON: for each step sigma, entropy, effective components, standard deviations, weights, hypotheses, shifts and KL."),
+                io.String.Output(display_name="statistics", tooltip="JSON: for each step sigma, entropy, effective components, standard deviations, weights, hypotheses, shifts and KL; with view pixel, that pixel's whole mixture too."),
             ],
             is_output_node=True,
             search_aliases=["gmflow", "inspect", "mixture components", "entropy", "visualize"],
@@ -68,7 +68,8 @@ class GMFlowInspector(io.ComfyNode):
         if save_tensors:
             save_trace(recorded, host.output_file("gmflow_trace", ".safetensors"))
         shown = ui.PreviewImage(panel, cls=cls).as_dict() | {"gmflow_pixels": [pixels(scene, host.decoder(trace.model))]}
-        return io.NodeOutput(panel, json.dumps(statistics(recorded, image, max_components)), ui=shown)
+        numbers = statistics(recorded, image, max_components, pixel if view == "pixel" else None)
+        return io.NodeOutput(panel, json.dumps(numbers), ui=shown)
 
 
 def pixels(scene: Scene, colours) -> str:

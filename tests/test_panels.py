@@ -58,7 +58,7 @@ def summary(values: np.ndarray) -> dict:
 def test_numbers_agree_with_a_computation_of_their_own(rng):
     """Every number of every step against numpy in double precision, from the trace's own tensors."""
     trace, _ = record(rng)
-    numbers = json.loads(json.dumps(statistics(trace, image=1)))
+    numbers = json.loads(json.dumps(statistics(trace, image=1, pixel=(3, 1))))
     assert numbers["format"] == 1 and [s["step"] for s in numbers["steps"]] == [0, 1, 2]
     for said, step in zip(numbers["steps"], trace.steps):
         def parts(mixture):
@@ -87,6 +87,13 @@ def test_numbers_agree_with_a_computation_of_their_own(rng):
         assert said["hypotheses"]["weights"] == pytest.approx(merged.mean((1, 2)), abs=1e-5)
         share = [(merged.argmax(0) == n).mean() for n in range(len(centres))]
         assert said["hypotheses"]["dominance"] == pytest.approx(share, abs=1e-5)
+        pixel = said["pixel"]
+        assert (pixel["x"], pixel["y"], pixel["std"]) == (3, 1, said["std_within"])
+        assert pixel["weights"] == pytest.approx(w[:, 1, 3], abs=2e-6)
+        assert np.array(pixel["means"]) == pytest.approx(means[:, :, 1, 3], abs=2e-6)
+    assert "pixel" not in statistics(trace)["steps"][0]
+    with pytest.raises(ValueError, match=r"pixel_x: got 16; .* so 0 to 15"):
+        statistics(trace, pixel=(16, 0))
 
 
 def test_divergence_of_guidance_agrees_with_sampling(rng):

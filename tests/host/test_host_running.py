@@ -85,8 +85,11 @@ def test_the_inspector(host, digits, solver):
         for view in views for step, order in ((0, "aligned"), (1, "ranked"), (-1, "raw"))
     ]
     text = g.add("PreviewAny", source=panels[0].out(1))
+    pixel = g.add("PreviewAny", source=g.add("GMFlowInspector", trace=trace, view="pixel", pixel_x=3, pixel_y=9).out(1))
     result = host.done(g.graph)
     assert all(len(result.images(panel)) == 1 for panel in panels)
+    mixture = json.loads(result.outputs[pixel[0]]["text"][0])["steps"][2]["pixel"]
+    assert (mixture["x"], mixture["y"]) == (3, 9) and len(mixture["means"]) == 8 and sum(mixture["weights"]) == pytest.approx(1, abs=1e-4)
     figures = json.loads(result.outputs[text[0]]["text"][0])
     assert [step["step"] for step in figures["steps"]] == [0, 1, 2] and figures["image"] == 1
 
