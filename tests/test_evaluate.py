@@ -308,6 +308,8 @@ def test_bad_input(files, tmp_path, capsys, quick):
         ((wide, "--data", "digits"), "--data digits are 16x16 pictures, the model makes 32x32"),
         ((files["gm"], wide, "--data", folder), "wide makes 32 pixels, gm 16: evaluate them apart"),
         ((files["gm"], files["gm"], "--data", "digits"), "checkpoints need different names"),
+        ((files["vanilla"], "--data", "digits", "--solvers", "gm-ode2"), "nothing to sample plain with: a vanilla model takes --solvers euler"),
+        ((files["vanilla"], "--data", "digits", "--guidance", "0.3"), "and --guidance 0 or --cfg"),
         ((files["gm"], "--data", folder / "ant" / "0.png"), "is a file; the data must be a folder"),
         ((files["gm"], "--data", folder, "--inception", tmp_path / "no.pth"), "no.pth"),
     ):

@@ -293,7 +293,8 @@ def test_speed_is_that_since_the_last_report(monkeypatch):
 
 def test_peaks_by_name():
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA L40S") == 362e12
-    assert peak_flops("NVIDIA A10G") == 70e12 and peak_flops("Quadro") is None
+    assert peak_flops("NVIDIA A10G") == 70e12 and peak_flops("Quadro") is None and peak_flops("NVIDIA RTX A4000") is None
+    assert peak_flops("NVIDIA GH200 480GB") == peak_flops("NVIDIA H200") == 989e12
 
 
 def test_the_published_model_is_as_large_as_published():

@@ -158,6 +158,12 @@ def sweep(args: argparse.Namespace) -> dict:
     subjects = [open_subject(path, args.vae, device, args.precision) for path in args.checkpoints]
     if len({s.name for s in subjects}) < len(subjects):
         raise ValueError(f"checkpoints need different names, got {', '.join(s.name for s in subjects)}: rename a file or its folder")
+    unsuited = [s.name for s in subjects if not settings(s, args)]
+    if unsuited:
+        advice = f"nothing to sample {', '.join(unsuited)} with: a vanilla model takes --solvers {', '.join(BASELINES)}, and --guidance 0 or --cfg"
+        if len(unsuited) == len(subjects):
+            raise ValueError(advice)
+        say(advice)
     images = real_images(args.data, subjects[0].image_size)
     for subject in subjects:
         if subject.image_size != subjects[0].image_size:

@@ -158,7 +158,7 @@ def plot_curves(axis, swept: dict[str, list[dict]]) -> None:
         axis.plot([r["recall"] for r in rows], [r["precision"] for r in rows], label=f"{name}, {rows[0]['steps']} steps", **style)
         end = rows[-1]
         axis.annotate(f"{end['guidance']:g}", (end["recall"], end["precision"]), (5, 4), textcoords="offset points",
-                      color=style["color"], fontsize=8)
+                      color=style["color"], fontsize=8, zorder=4, bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8})
     axis.set(title="Precision and recall over guidance", xlabel="recall", ylabel="precision")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7.5)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from gmflow_core import GMDiTConfig, GMMLPConfig
 from gmflow_core.model.gmmlp import FEATURES
 
-# Dense bf16 tensor-core peaks in TFLOP/s from the makers' data sheets; the first name that fits counts.
+# Dense bf16 tensor-core peaks in TFLOP/s from the makers' data sheets; the first whole name that fits counts.
 PEAKS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
     "RTX 6000 Ada": 364, "A6000": 155, "A40": 150, "A10G": 70, "A10": 125, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
@@ -30,7 +32,7 @@ def forward_flops(config: GMDiTConfig | GMMLPConfig) -> int:
 
 def peak_flops(name: str) -> float | None:
     """Of a GPU, by its name; None if it is unknown."""
-    return next((1e12 * peak for key, peak in PEAKS.items() if key in name), None)
+    return next((1e12 * peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 class Speed:
