@@ -153,14 +153,17 @@ def figure_6(results: dict, pyplot):
 
 def plot_curves(axis, swept: dict[str, list[dict]]) -> None:
     """Precision against recall; a number beside each end tells its guidance scale."""
+    from matplotlib.patheffects import Normal, Stroke
+
     for name, style in line_style(list(swept)).items():
         rows = swept[name]
         axis.plot([r["recall"] for r in rows], [r["precision"] for r in rows], label=f"{name}, {rows[0]['steps']} steps", **style)
         end = rows[-1]
-        axis.annotate(f"{end['guidance']:g}", (end["recall"], end["precision"]), (5, 4), textcoords="offset points",
-                      color=style["color"], fontsize=8, zorder=4, bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8})
+        axis.annotate(f"{end['guidance']:g}", (end["recall"], end["precision"]), (-5, 0), textcoords="offset points",
+                      color=style["color"], fontsize=8, ha="right", va="center", path_effects=[Stroke(linewidth=2, foreground="white"), Normal()])
     axis.set(title="Precision and recall over guidance", xlabel="recall", ylabel="precision")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=7.5)
+    axis.margins(x=0.09)
+    axis.legend(loc="lower left", fontsize=7)  # the curves fall from left to right
 
 
 def saturation_figure(results: dict, pyplot):
@@ -177,7 +180,9 @@ def saturation_figure(results: dict, pyplot):
                 scales = [row["guidance"] if setting_of(row).guided else method == "cfg" for row in rows]
                 for axis, value in zip(column, ("saturation", "overshoot")):
                     axis.plot(scales, [row[value] for row in rows], label=f"{name}, {rows[0]['steps']} steps", **style[name])
-        column[0].axhline(results["real_saturation"], color="#888888", linestyle=":", label="real images")
+        column[0].axhline(results["real_saturation"], color="#888888", linestyle=":")
+        column[0].text(0.99, results["real_saturation"], "real images", transform=column[0].get_yaxis_transform(), color="#666666",
+                       fontsize=8, ha="right", va="bottom")
         column[0].set(title={"probabilistic": "Probabilistic guidance", "cfg": "Vanilla CFG"}[method])
         column[1].set(xlabel={"probabilistic": "scale (0 is none)", "cfg": "scale (1 is none)"}[method])
         column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7.5)
