@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from packages import importable
 from PIL import Image
 
 from gmflow_core import GMDenoiser, GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, flow_sigmas, load_checkpoint
@@ -254,9 +255,9 @@ def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):
 
 
 def tiny_vae(path, **options):
-    diffusers = pytest.importorskip("diffusers")
+    kl = importable("diffusers", "AutoencoderKL")
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(**(dict(
+    kl(**(dict(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, scaling_factor=0.7) | options)).save_pretrained(path)
     return path

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packages import importable
 
 from train.data import INKS, Digits
 from train.features import DigitsNet, digits_features, inception, train_digits_net
@@ -66,7 +67,9 @@ def test_digits_features_are_of_pixels(data, monkeypatch):
 
 def test_inception_from_a_file(tmp_path, monkeypatch, rng):
     """Random weights in the package's own layout; the features are its own."""
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    importable("torch_fidelity.feature_extractor_inceptionv3", "FeatureExtractorInceptionV3")
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: made.state_dict())
     monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
     made = module.FeatureExtractorInceptionV3("made", ["2048"], str(save(tmp_path / "any.pth", {})))
@@ -84,8 +87,7 @@ def save(path, state):
     return path
 
 
-def test_inception_without_its_file_or_package(tmp_path, monkeypatch):
-    pytest.importorskip("torch_fidelity")
+def test_inception_without_its_file(tmp_path):
     with pytest.raises(ValueError, match="absent.pth: no such file"):
         inception(tmp_path / "absent.pth", CPU)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packages import importable
 from PIL import Image
 from safetensors import safe_open
 
@@ -242,10 +243,10 @@ def test_without_diffusers_it_says_what_to_install(folder, tmp_path, monkeypatch
 
 
 def test_with_a_vae_of_diffusers(folder, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
+    kl = importable("diffusers", "AutoencoderKL")
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-                                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.7)
+    vae = kl(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+             up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.7)
     vae.save_pretrained(tmp_path / "tiny-vae")
     encoder = diffusers_encoder(str(tmp_path / "tiny-vae"), CPU)
     assert encoder.name == "tiny-vae" and encoder.scale == 0.7 and encoder.shift == 0.0

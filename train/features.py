@@ -24,12 +24,12 @@ def inception(weights: str | Path | None, device: torch.device) -> Features:
 
     ``weights``: its file; None lets torch-fidelity download it. ValueError without the package or the file.
     """
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"--inception {weights}: no such file; expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
         raise ValueError(f"FID of images needs torch-fidelity: python -m pip install torch-fidelity ({error})") from None
-    if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"--inception {weights}: no such file; expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
     try:
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights and str(weights)).to(device)
     except Exception as error:  # whatever a download or a foreign file raises

@@ -14,8 +14,9 @@ def load_vae(source: str, device: torch.device):
     """An AutoencoderKL from a folder or from the Hugging Face hub; ValueError without diffusers or without one there."""
     try:
         from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError(f"a VAE needs the package diffusers ({error}): python -m pip install diffusers accelerate") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"a VAE needs the package diffusers ({reason}): python -m pip install diffusers accelerate") from None
     try:
         vae = AutoencoderKL.from_pretrained(source)
     except (OSError, ValueError) as error:
