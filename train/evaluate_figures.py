@@ -155,13 +155,16 @@ def plot_curves(axis, swept: dict[str, list[dict]]) -> None:
     """Precision against recall; a number beside each end tells its guidance scale."""
     from matplotlib.patheffects import Normal, Stroke
 
+    steps = {rows[0]["steps"] for rows in swept.values()}
+    words = lambda n: f", {n} step{'s' * (n > 1)}"  # noqa: E731
     for name, style in line_style(list(swept)).items():
         rows = swept[name]
-        axis.plot([r["recall"] for r in rows], [r["precision"] for r in rows], label=f"{name}, {rows[0]['steps']} steps", **style)
+        text = name if len(steps) == 1 else name + words(rows[0]["steps"])
+        axis.plot([r["recall"] for r in rows], [r["precision"] for r in rows], label=text, **style)
         end = rows[-1]
         axis.annotate(f"{end['guidance']:g}", (end["recall"], end["precision"]), (-5, 0), textcoords="offset points",
                       color=style["color"], fontsize=8, ha="right", va="center", path_effects=[Stroke(linewidth=2, foreground="white"), Normal()])
-    axis.set(title="Precision and recall over guidance", xlabel="recall", ylabel="precision")
+    axis.set(title="Precision and recall" + (words(min(steps)) if len(steps) == 1 else " over guidance"), xlabel="recall", ylabel="precision")
     axis.margins(x=0.09)
     axis.legend(loc="lower left", fontsize=7)  # the curves fall from left to right
 
@@ -194,6 +197,7 @@ def saturation_figure(results: dict, pyplot):
 def figure_7(results: dict, pyplot):
     """FID and precision against the number of components, the best over guidance; a line a solver and number of steps."""
     rows = [row for row in results["rows"] if not results["checkpoints"][row["checkpoint"]]["vanilla"]]
+    rows.sort(key=lambda r: (setting_of(r).title, r["steps"]))
     groups = grouped(rows, lambda r: f"{setting_of(r).title}, {r['steps']} step{'s' * (r['steps'] > 1)}")
     lines = {name: group for name, group in groups.items() if len({row["components"] for row in group}) > 1}
     if not lines:
