@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,6 +166,28 @@ def test_a_team_saves_and_stops_together(tmp_path):
     _, errors = team.communicate(timeout=120)
     assert "saved; run the same command to go on" in errors, errors
     assert torch.load(tmp_path / "run" / STATE, weights_only=True)["step"] >= 3
+
+
+def test_machines_that_do_not_share_the_folder_say_so_instead_of_waiting_forever(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    saved = Trainer(config_of(SMALL), here, CPU)
+    saved.train_step()
+    saved.save()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [part for key, value in (SMALL | {"steps": 3}).items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "train", "--preset", "digits", "--device", "cpu", "--out", str(folder), *settings],
+            cwd=ROOT, env=os.environ | names | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        ) for rank, folder in enumerate((here, there))
+    ]
+    for machine in machines:
+        _, errors = machine.communicate(timeout=120)
+        assert machine.returncode == 2, errors
+        assert "processes 0 and 1 do not agree (step 1 and 0): all machines need the same --out" in errors
 
 
 def test_a_batch_that_does_not_split_is_refused():

@@ -26,7 +26,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Latents(Dataset):
-    """Latents from memory-mapped shards: nothing but the rows of a batch is read."""
+    """Latents from memory-mapped shards: nothing but the rows of a batch is read, and all labels once."""
 
     folder: Path
     shape: tuple[int, int, int]
@@ -34,6 +34,7 @@ class Latents(Dataset):
     class_names: tuple[str, ...]
     ends: tuple[int, ...]       # number of samples up to and including each shard
     shards: tuple               # open files
+    labels: Tensor              # (N,) int64
     flip: bool                  # choose between an image and its mirror image
 
     @classmethod
@@ -47,7 +48,8 @@ class Latents(Dataset):
         shards = tuple(open_shard(folder / s["file"], s["count"], shape, index["flips"]) for s in index["shards"])
         return cls(
             folder, shape, LatentSpace("sd-vae", index["scale"], index["shift"]), tuple(index["classes"]),
-            tuple(accumulate(s["count"] for s in index["shards"])), shards, flip and index["flips"],
+            tuple(accumulate(s["count"] for s in index["shards"])), shards,
+            torch.cat([shard.get_tensor("labels") for shard in shards]).long(), flip and index["flips"],
         )
 
     def __len__(self) -> int:
@@ -60,8 +62,7 @@ class Latents(Dataset):
 
     def fetch(self, choice: Tensor) -> tuple[Tensor, Tensor]:
         rows = [self.row(index, "flipped" if mirrored else "latents") for index, mirrored in choice.tolist()]
-        labels = [self.row(index, "labels") for index in choice[:, 0].tolist()]
-        return torch.cat(rows).float(), torch.cat(labels).long()
+        return torch.cat(rows).float(), self.labels[choice[:, 0]]
 
     def row(self, index: int, name: str) -> Tensor:
         """One row of a tensor of the set, (1, ...), as stored."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,18 @@ class Team:
     def any(self, flag) -> bool:
         """True for every member if it is for one."""
         return bool(self.sum({"flag": torch.tensor([float(bool(flag))], device=self.device)})["flag"] > 0) if self.size > 1 else bool(flag)
+
+    def agree(self, facts: dict, hint: str) -> None:
+        """ValueError that says in what the members' facts differ, if they do: they would wait for each other forever."""
+        if self.size == 1:
+            return
+        theirs: list[dict] = [{}] * self.size
+        dist.all_gather_object(theirs, facts)
+        for rank, other in enumerate(theirs):
+            if other != theirs[0]:
+                differ = [name for name in facts if other[name] != theirs[0][name]]
+                found = "; ".join(f"{name} {shorten(str(theirs[0][name]), 60)} and {shorten(str(other[name]), 60)}" for name in differ)
+                raise ValueError(f"processes 0 and {rank} do not agree ({found}): {hint}")
 
     def wait(self) -> None:
         """Until all members are here."""

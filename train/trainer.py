@@ -74,6 +74,7 @@ class Trainer:
             self.run_log = RunLog(folder, max(config.log_every, config.steps // 20), config.tensorboard)
             if resumed:
                 self._resume()
+        self.team.agree({"step": self.step, **self._data()}, "all machines need the same --out, on storage that they share, and the same data")
         if config.checkpoint_activations:
             recompute_activations(self.nets["model"])
         if config.compile:
