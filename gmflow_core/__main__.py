@@ -148,15 +148,16 @@ def run_inspect(args) -> None:
     checkpoint, labels = open_checkpoint(args)
     if labels is None or getattr(checkpoint.config, "sample_size", None) is None:
         raise UsageError("inspect draws image models: give --labels, one image each")
-    kind = args.out.suffix
-    if kind not in (".png", ".jpg", ".gif", ".webp", ".json", ".safetensors"):
-        raise UsageError(f"--out {args.out}: must end in .png, .jpg, .gif, .webp, .json or .safetensors")
+    kind = args.out.suffix.lower()
+    check_inspection(args, kind, len(labels), checkpoint.config.sample_size)
     recorder = Recorder(images=len(labels))
     sample(checkpoint, labels, batch_size=len(labels), callback=recorder, **sampling_settings(args))
     trace = recorder.trace()
     pixel = args.pixel and tuple(args.pixel)
-    panel = lambda step: draw(trace, args.view, step, args.image, args.arrange, args.max_components, lambda x: x, pixel)  # noqa: E731
     moving = kind in (".gif", ".webp")
+    panel = lambda step: draw(  # noqa: E731
+        trace, args.view, step, args.image, args.arrange, args.max_components, lambda x: x, pixel, steady=moving
+    )
     pictures = [] if kind in (".json", ".safetensors") else [panel(step) for step in (range(args.steps) if moving else [args.step])]
     numbers = statistics(trace, args.image, args.max_components, pixel) if kind == ".json" else None
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +172,24 @@ def run_inspect(args) -> None:
     if checkpoint.latent_space.kind == "sd-vae":
         print("note: these are latents of an SD VAE; pictures show their first three channels, not decoded images")
     print(args.out)
+
+
+def check_inspection(args, kind: str, images: int, size: int) -> None:
+    """UsageError for what could not be drawn, before anything is sampled."""
+    from .panels import VIEWS
+    from .scene import ORDERS
+
+    if kind not in (".png", ".jpg", ".gif", ".webp", ".json", ".safetensors"):
+        raise UsageError(f"--out {args.out}: must end in .png, .jpg, .gif, .webp, .json or .safetensors")
+    for option, value, known in (("--view", args.view, VIEWS), ("--arrange", args.arrange, ORDERS)):
+        if value not in known:
+            raise UsageError(f"{option} {value}: must be one of {', '.join(known)}")
+    if not -args.steps <= args.step < args.steps:
+        raise UsageError(f"--step {args.step}: there are steps 0 to {args.steps - 1} (-1 is the last)")
+    if args.image >= images:
+        raise UsageError(f"--image {args.image}: there are images 0 to {images - 1}, one a label")
+    if args.pixel and max(args.pixel) >= size:
+        raise UsageError(f"--pixel {args.pixel[0]} {args.pixel[1]}: x and y run from 0 to {size - 1}")
 
 
 def run_info(args) -> None:

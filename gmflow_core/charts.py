@@ -67,21 +67,25 @@ class Axes:
         for value in y_ticks:
             _, py = self.at(self.x[0], value)
             self.pen.line((x0, py, x1, py), GRID, 2)
-            self.pen.text((x0 - 12, py), f"{value:g}", FAINT, font(28), anchor="rm")
+            self.pen.text((x0 - 12, py), _tick(value), FAINT, font(28), anchor="rm")
         for value in x_ticks:
             px, _ = self.at(value, self.y[0])
             self.pen.line((px, y1, px, y1 + 8), FAINT, 2)
-            self.pen.text((px, y1 + 12), f"{value:g}", FAINT, font(28), anchor="ma")
+            self.pen.text((px, y1 + 12), _tick(value), FAINT, font(28), anchor="ma")
         self.pen.line((x0, y1, x1, y1), FAINT, 2)
         self.pen.text((x0, y0 - 18), title, TEXT, font(30), anchor="ls")
         self.pen.text((x1, y1 + 48), x_label, FAINT, font(28), anchor="ra")
 
     def names(self, names: Sequence[str], colours: Sequence) -> None:
-        """What the lines are, in their colours, above the chart from the right."""
-        x = self.box[2]
+        """What the lines are, each behind a dash of its colour, in the chart from the top right, in rows if need be."""
+        x, y = self.box[2], self.box[1] + 22
         for name, colour in reversed(list(zip(names, colours))):
-            self.pen.text((x, self.box[1] - 18), name, colour, font(28), anchor="rs")
-            x -= text_width(name, 28) + 24
+            width = text_width(name, 28) + 34
+            if x - width < self.box[0]:
+                x, y = self.box[2], y + 34
+            self.pen.text((x, y), name, TEXT, font(28), anchor="rm")
+            self.pen.line((x - width, y, x - width + 24, y), colour, 8)
+            x -= width + 26
 
     def mark(self, x: float) -> None:
         """A vertical line: you are here."""
@@ -105,6 +109,15 @@ def nice_ticks(low: float, high: float, count: int = 4, whole: bool = False) -> 
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def _tick(value: float) -> str:
+    """A tick's number, short enough for the margin."""
+    text = f"{value:g}"
+    if len(text) <= 6:
+        return text
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
 SIGMAS = (1, 0.75, 0.5, 0.25, 0)
 
 
@@ -114,7 +127,8 @@ def line_chart(
 ):
     """Values against sigma, from noise (left) to image (right); a named line each, in the palette's colours."""
     highest = max(max(s.high or s.values) for s in series)
-    top = max(highest * 1.05, 1e-6) if top is None else top
+    head = 1.05 if len(series) == 1 else 1.2  # room for their names
+    top = head * highest or 1.0 if top is None else top
     axes = Axes(size, (1.0, 0.0), (0.0, top))
     axes.frame(title, "sigma", SIGMAS, nice_ticks(0, top, whole=whole))
     colours = component_colours(len(series))
@@ -137,13 +151,13 @@ def line_chart(
 def share_chart(title: str, sigmas: Sequence[float], shares: Sequence[Sequence[float]], size=(440, 250), now: float | None = None):
     """Shares of every step (steps, parts) on top of each other against sigma, in per cent, each with its number.
 
-    Parts past the twelfth are one grey area.
+    Parts past the twelfth are one grey area, with what no part holds.
     """
     axes, last, most = Axes(size, (1.0, 0.0), (0.0, 100.0)), len(sigmas) - 1, len(PALETTE)
     axes.frame(title, "sigma", SIGMAS, (0, 25, 50, 75, 100))
     edges = [[100 * sum(row[:k]) for row in shares] for k in range(len(shares[0]) + 1)]
-    if len(edges) > most + 2:
-        edges = [*edges[: most + 1], edges[-1]]
+    if len(edges) > most + 2 or min(edges[-1]) < 99.5:
+        edges, most = [*edges[: most + 1], [100.0] * len(sigmas)], min(most, len(edges) - 1)
     for k, (low, high) in enumerate(zip(edges, edges[1:])):
         colour = component_colour(k) if k < most else REST
         _band(axes, sigmas, low, high, colour)
@@ -153,15 +167,15 @@ def share_chart(title: str, sigmas: Sequence[float], shares: Sequence[Sequence[f
         if bottom - top > 26:
             text = f"{k + 1}" if k < most else "others"
             ink = (255, 255, 255) if sum(colour) < 330 else TEXT
-            axes.pen.text((_inside(axes, px), (bottom + top) / 2), text, ink, font(26), anchor="mm")
+            axes.pen.text((_inside(axes, px, 12 + text_width(text, 26) // 2), (bottom + top) / 2), text, ink, font(26), anchor="mm")
     if now is not None:
         axes.mark(now)
     return axes.picture()
 
 
-def _inside(axes: Axes, px: float) -> float:
-    """Not too near the chart's sides: where a bar or a number has room."""
-    return min(max(px, axes.box[0] + 24), axes.box[2] - 24)
+def _inside(axes: Axes, px: float, half: float = 24) -> float:
+    """Not too near the chart's sides: where a bar or a number of that half width has room."""
+    return min(max(px, axes.box[0] + half), axes.box[2] - half)
 
 
 def _band(axes: Axes, sigmas: Sequence[float], low: Sequence[float], high: Sequence[float], colour) -> None:
@@ -174,9 +188,9 @@ def _band(axes: Axes, sigmas: Sequence[float], low: Sequence[float], high: Seque
         axes.pen.rectangle((middle - 24, min(top, bottom), middle + 24, bottom), colour)
 
 
-def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, int]], size: int = 340):
-    """One pixel's components (1,K,C,1,1) in the two principal axes of their means: discs with areas as weights,
-    circles of one standard deviation, a cross at the mean."""
+def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, int]], size=(326, 340)):
+    """One pixel's components (1,K,C,1,1) in the two principal axes of their means: discs with areas as weights, the heavy
+    ones with their numbers, circles of one standard deviation, a cross at the mean. Both axes have one scale."""
     means, weights = mixture.means[0, :, :, 0, 0].double(), mixture.weights[0, :, 0, 0, 0].double()
     std = float(mixture.log_std.exp())
     centre = (weights[:, None] * means).sum(0)
@@ -185,17 +199,25 @@ def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, in
     flat = offsets @ axes_of[:, -min(2, means.shape[1]):].flip(1)               # (K,2)
     flat = torch.nn.functional.pad(flat, (0, 2 - flat.shape[1]))
     reach = 1.12 * max(float(flat.abs().max()) + std, 1e-3)
-    axes = Axes((size, size), (-reach, reach), (-reach, reach))
+    axes = Axes(size, (-reach, reach), (-reach, reach))
     ticks = nice_ticks(-reach, reach)
     axes.frame("components in two principal axes", "1st and 2nd axis, units of x_0", ticks, ticks)
-    scale, faint = (axes.box[2] - axes.box[0]) / (2 * reach), (*FAINT, 150 if len(weights) <= 16 else 40)
-    for k in weights.argsort(descending=True).tolist():
-        (px, py), disc, ring = axes.at(*flat[k].tolist()), 46 * math.sqrt(float(weights[k])), std * scale
-        axes.pen.ellipse((px - ring, py - ring, px + ring, py + ring), outline=faint, width=2)
+    ring, faint = std * (axes.box[2] - axes.box[0]) / (2 * reach), (*FAINT, 190 if len(weights) <= 16 else 60)
+    heaviest = weights.argsort(descending=True).tolist()
+    places = {k: (*axes.at(*flat[k].tolist()), 46 * math.sqrt(float(weights[k]))) for k in heaviest}
+    for k, (px, py, disc) in places.items():
         axes.pen.ellipse((px - disc, py - disc, px + disc, py + disc), (*colours[k], 235), outline=(60, 60, 60, 200), width=2)
+    for px, py, _ in places.values():
+        axes.pen.ellipse((px - ring, py - ring, px + ring, py + ring), outline=faint, width=2)
     px, py = axes.at(0, 0)
     for dx, dy in ((12, 0), (0, 12)):
+        axes.pen.line((px - dx, py - dy, px + dx, py + dy), PAPER, 8)
+    for dx, dy in ((12, 0), (0, 12)):
         axes.pen.line((px - dx, py - dy, px + dx, py + dy), TEXT, 4)
+    for k in heaviest[:6]:
+        px, py, disc = places[k]
+        if weights[k] > 0.02:
+            axes.pen.text((px + 0.75 * disc + 4, py - 0.75 * disc - 2), str(k + 1), TEXT, font(26), anchor="lb", stroke_width=3, stroke_fill=PAPER)
     return axes.picture()
 
 
@@ -204,13 +226,14 @@ def marginal_chart(mixture: GaussianMixture, names: Sequence[str], size=(420, 34
     means, weights = mixture.means[0, :, :, 0, 0].double(), mixture.weights[0, :, 0, 0, 0].double()
     std = max(float(mixture.log_std.exp()), 1e-4)
     low, high = float(means.min()) - 3.5 * std, float(means.max()) + 3.5 * std
-    grid = torch.linspace(low, high, 400, dtype=torch.float64)
-    density = marginal_density(means, weights, std, grid)                       # (C,400)
-    axes = Axes(size, (low, high), (0.0, 1.08 * float(density.max())))
-    axes.frame("marginal densities", "x_0", nice_ticks(low, high), nice_ticks(0, 1.08 * float(density.max())))
+    grid = marginal_grid(means, std, low, high)
+    density = marginal_density(means, weights, std, grid)                       # (C,N)
+    top = 1.2 * float(density.max())                                            # with room for the names
+    axes = Axes(size, (low, high), (0.0, top))
+    axes.frame("marginal densities", "x_0", nice_ticks(low, high), nice_ticks(0, top))
     colours = channel_colours(names)
-    for channel, colour in zip(density, colours):
-        axes.pen.line([axes.at(x, y) for x, y in zip(grid.tolist(), channel.tolist())], colour, 5, joint="curve")
+    for i, (channel, colour) in enumerate(zip(density, colours)):  # the first are wide: they show beside those that hide them
+        axes.pen.line([axes.at(x, y) for x, y in zip(grid.tolist(), channel.tolist())], colour, max(4, 10 - 3 * i), joint="curve")
     axes.names(names, colours)
     return axes.picture()
 
@@ -234,6 +257,12 @@ def weight_bars(weights: Sequence[float], colours: Sequence[tuple[int, int, int]
     return canvas
 
 
+def marginal_grid(means: Tensor, std: float, low: float, high: float) -> Tensor:
+    """Points of a curve over [low, high], close together around every mean (K,C), however narrow the components are: (N,)."""
+    around = means.flatten()[:, None] + std * torch.linspace(-4, 4, 33, dtype=torch.float64)
+    return torch.cat([torch.linspace(low, high, 400, dtype=torch.float64), around.flatten()]).clamp(low, high).unique()
+
+
 def marginal_density(means: Tensor, weights: Tensor, std: float, grid: Tensor) -> Tensor:
     r"""p(x_c) = sum_k w_k N(x_c; mean_kc, std^2) on a grid: (K,C), (K,) and (N,) to (C,N)."""
     z = (grid - means.unsqueeze(-1)) / std                                      # (K,C,N)
@@ -243,4 +272,4 @@ def marginal_density(means: Tensor, weights: Tensor, std: float, grid: Tensor) -
 def channel_colours(names: Sequence[str]) -> list[tuple[int, int, int]]:
     if list(names) == ["R", "G", "B"]:
         return [(214, 60, 50), (40, 150, 70), (50, 90, 210)]
-    return component_colours(len(names))
+    return component_colours(len(names) + 7)[7:]  # others than those of a few components

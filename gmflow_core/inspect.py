@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .mixture import GaussianFactor, GaussianMixture
 
-# Points of a clustering: enough for a picture, whatever its size.
-MAX_POINTS = 8192
-# Distances that are matched at a time.
-MATCHED = 2**22
+# Pixels of a clustering: enough for a picture, whatever its size.
+MAX_PIXELS = 1024
+# Distances that are computed at a time.
+BLOCK = 2**22
 
 
 def weight_entropy(mixture: GaussianMixture) -> Tensor:
@@ -154,7 +154,7 @@ def _flat(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
 
 def _order(points: Tensor, targets: Tensor) -> Tensor:
     """order (B,K,S): which of a pixel's points (B,S,K,C) goes to each of the targets (B,S|1,K,C)."""
-    block = max(1, MATCHED // points.shape[2] ** 2)                             # of pixels, for memory
+    block = max(1, BLOCK // points.shape[2] ** 2)                               # of pixels, for memory
     order = [
         torch.cat([_match(*pair) for pair in zip(p.split(block), t.expand_as(p).split(block))])
         for p, t in zip(points, targets)
@@ -167,10 +167,10 @@ def _match(means: Tensor, targets: Tensor) -> Tensor:
 
     A pair that is each other's nearest is never taken apart by a nearer one: all such pairs are taken at once.
     """
-    exact = "donot_use_mm_for_euclid_dist"  # the other way rounds small distances to nothing
-    distance = torch.cdist(means, targets, compute_mode=exact)                  # (S,component,target)
+    distance = _distances(means, targets)                                       # (S,component,target)
     order = torch.zeros(means.shape[:2], dtype=torch.int64, device=means.device)
     each = torch.arange(means.shape[1], device=means.device)
+    left, todo = torch.arange(len(means), device=means.device), torch.full_like(order[:, 0], means.shape[1])
     while True:
         gap, suitor = distance.min(1)                                           # (S,target)
         mutual = (distance.argmin(2).gather(1, suitor) == each) & gap.isfinite()
@@ -178,14 +178,17 @@ def _match(means: Tensor, targets: Tensor) -> Tensor:
         if len(pixel) == 0:
             return order
         component = suitor[pixel, target]
-        order[pixel, target] = component
+        order[left[pixel], target] = component
         distance[pixel, component] = torch.inf
         distance[pixel, :, target] = torch.inf
+        todo = todo - mutual.sum(1)
+        if (todo > 0).sum() < 0.7 * len(left):                                  # go on with what is not done
+            distance, left, todo = distance[todo > 0], left[todo > 0], todo[todo > 0]
 
 
 def _merge(means: Tensor, weights: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Merge a pixel's components (S,K,C), (S,K) by nearest centre (N,C): means (S,N,C), weights (S,N)."""
-    label = torch.cdist(means, centres.expand(len(means), -1, -1)).argmin(-1)   # (S,K)
+    label = _nearest(means, centres)                                            # (S,K)
     share = torch.nn.functional.one_hot(label, len(centres)) * weights.unsqueeze(-1)
     total = share.sum(1)                                                        # (S,N)
     merged = (share.mT @ means) / total.unsqueeze(-1)
@@ -193,21 +196,33 @@ def _merge(means: Tensor, weights: Tensor, centres: Tensor) -> tuple[Tensor, Ten
 
 
 def cluster(means: Tensor, weights: Tensor, count: int, iterations: int = 20) -> Tensor:
-    """Centres (count,C) of a weighted k-means of (...,C) points with weights (...), by falling weight.
+    """Centres (count,C) of a weighted k-means of (S,K,C) points with weights (S,K), by falling weight of all pixels.
 
     Started from farthest points: each next centre is the point of largest weighted squared distance.
-    Of more than MAX_POINTS points, those of evenly spaced pixels (the first axis) are used.
+    Of more than MAX_PIXELS pixels so many are drawn at random, the same every time.
     """
-    stride = -(-weights.numel() // MAX_POINTS)
-    points, weights = means[::stride].flatten(0, -2), weights[::stride].flatten()
-    centres = ((weights[:, None] * points).sum(0) / weights.sum())[None]
+    drawn = torch.randperm(len(means), generator=torch.Generator().manual_seed(0))[:MAX_PIXELS].to(means.device)
+    points, mass = means[drawn].flatten(0, 1), weights[drawn].flatten()
+    centres = ((mass[:, None] * points).sum(0) / mass.sum())[None]
     for i in range(count):
-        gap = torch.cdist(points, centres).amin(1)
-        new = points[(gap.square() * weights).argmax()][None]
+        gap = _distances(points, centres).amin(1)
+        new = points[(gap.square() * mass).argmax()][None]
         centres = new if i == 0 else torch.cat([centres, new])
     for _ in range(iterations):
-        label = torch.cdist(points, centres).argmin(1)
-        mass = weights.new_zeros(count).index_add_(0, label, weights)
-        total = torch.zeros_like(centres).index_add_(0, label, weights[:, None] * points)
-        centres = torch.where(mass[:, None] > 0, total / mass[:, None], centres)
-    return centres[mass.argsort(descending=True)]
+        label = _nearest(points, centres)
+        shares = mass.new_zeros(count).index_add_(0, label, mass)
+        total = torch.zeros_like(centres).index_add_(0, label, mass[:, None] * points)
+        centres = torch.where(shares[:, None] > 0, total / shares[:, None], centres)
+    shares = weights.new_zeros(count).index_add_(0, _nearest(means, centres).flatten(), weights.flatten())
+    return centres[shares.argsort(descending=True, stable=True)]
+
+
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    """Which of the centres (N,C) is nearest to each point (...,C)."""
+    blocks = points.flatten(0, -2).split(max(1, BLOCK // len(centres)))
+    return torch.cat([_distances(block, centres).argmin(1) for block in blocks]).reshape(points.shape[:-1])
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean, (...,N,C) and (...,M,C) to (...,N,M), without the matrix product that rounds small ones to nothing."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

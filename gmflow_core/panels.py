@@ -6,7 +6,7 @@ A panel needs ``decode``: x_0 (N,C,H,W) to RGB (N,3,H',W') in [-1, 1], a VAE or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,22 +15,24 @@ from .charts import Series, component_colours, line_chart, marginal_chart, scatt
 from .inspect import dominance, dominant_component, effective_components, mean_weights, spread, weight_entropy
 from .pictures import heat, sheet, to_uint8
 from .scene import Decode, Scene, look
-from .tiles import captioned, legend, marked, stacked, tile
-from .trace import Trace, at_pixel, step_statistics
+from .tiles import caption_width, captioned, legend, marked, see_through, stacked, tile
+from .trace import Trace, TraceStep, at_pixel, step_statistics
 
 NAMES = {"aligned": "hypotheses", "ranked": "components by rank", "raw": "components"}
+ONE = {"aligned": "hypothesis", "ranked": "component by rank", "raw": "component"}
 FRAMES = 8  # steps in a strip of pictures, at most
 
 
 def draw(
     trace: Trace, view: str, step: int, image: int, order: str, count: int, decode: Decode,
-    pixel: tuple[int, int] | None = None,
+    pixel: tuple[int, int] | None = None, steady: bool = False,
 ):
     """One panel as a Pillow image; ValueError for a view, order, step, image or pixel that does not exist.
 
-    ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None.
+    ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None. ``steady``: colour scales are those
+    of all steps, for an animation.
     """
-    return paint(look(trace, step, image, order, count, decode, pixel), view)
+    return paint(look(trace, step, image, order, count, decode, pixel, steady), view)
 
 
 def paint(scene: Scene, view: str):
@@ -42,19 +44,21 @@ def paint(scene: Scene, view: str):
 
 # ---- pieces ------------------------------------------------------------------------------------
 
-def _captioned(scene: Scene, images: Tensor, columns: int):
+def _captioned(scene: Scene, tiles: Sequence, columns: int):
     """A tile for each of these components (the first ones) with its share of the weight."""
     shares = mean_weights(scene.mixture)[0].tolist()
-    captions = [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(shares[: len(images)])]
-    tiles = [scene.tile(image[None]) for image in images]
+    captions = [f"{k + 1}: {100 * share:.1f} %" for k, share in enumerate(shares[: len(tiles)])]
     return captioned(tiles, captions, component_colours(len(tiles)), columns)
 
 
-def _faded(scene: Scene, most: int = 1000) -> Tensor:
-    """Each component's mean, towards grey where it has little weight: a mean that nobody believes says nothing."""
-    pictures, weights = scene.decode(scene.mixture.means[0, :most]), scene.mixture.weights[0, :most]
-    opacity = (weights / weights.amax((2, 3), keepdim=True).clamp(min=0.05)).sqrt()  # believed nowhere: grey all over
-    return pictures * torch.nn.functional.interpolate(opacity, size=pictures.shape[-2:], mode="nearest").to(pictures)
+FADING = "with their share of the weight; transparent where it is small (each on its own scale)"
+
+
+def _means(scene: Scene, most: int = 1000) -> list:
+    """A tile of each component's mean, transparent where it has little weight: a mean that nobody believes says nothing."""
+    pictures, weights = scene.decode(scene.mixture.means[0, :most]), scene.mixture.weights[0, :most, 0]
+    opacity = (weights / weights.amax((1, 2), keepdim=True).clamp(min=0.05)).sqrt()  # believed nowhere: transparent all over
+    return [see_through(scene.tile(picture[None]), alpha) for picture, alpha in zip(pictures, opacity)]
 
 
 def _columns(count: int) -> int:
@@ -64,9 +68,9 @@ def _columns(count: int) -> int:
 def _winner_map(scene: Scene):
     """The heaviest component of each pixel in its colour, and a legend with shares of the pixels.
 
-    By rank it would be the first everywhere: then as the network numbers them.
+    Of all components, however many are shown; by rank it would be the first everywhere: then as the network numbers them.
     """
-    mixture = scene.step.corrected if scene.order == "ranked" else scene.mixture
+    mixture = scene.mixture if scene.order == "aligned" else scene.step.corrected
     colours = component_colours(mixture.components)
     picture = (torch.tensor(colours) / 127.5 - 1)[dominant_component(mixture)[0]].movedim(-1, 0)[None]
     shares = dominance(mixture)[0].tolist()
@@ -75,42 +79,58 @@ def _winner_map(scene: Scene):
     return scene.tile(picture), legend([colours[k] for k in shown], names, max(8, scene.size[1] // 24))
 
 
+def _winner_title(scene: Scene) -> str:
+    return {"aligned": "heaviest hypothesis", "ranked": "heaviest component, as numbered by the network", "raw": "heaviest component"}[scene.order]
+
+
 def _top_bits(scene: Scene) -> float:
     return math.log2(scene.step.corrected.components) or 1.0
 
 
 # ---- views -------------------------------------------------------------------------------------
 
+def _bits(step: TraceStep) -> Tensor:
+    return weight_entropy(step.corrected)
+
+
+def _between(step: TraceStep) -> Tensor:
+    return spread(step.corrected).between
+
+
+def _shift(step: TraceStep) -> Tensor:
+    """Of the mean by guidance, root mean square over channels."""
+    return (step.guided.mean() - step.conditional.mean()).square().mean(1).sqrt()
+
+
 def _components(scene: Scene):
-    tiles = _captioned(scene, _faded(scene), _columns(scene.mixture.components))
-    titles = ["mean", "components with their share of the weight, grey where they have none"]
+    tiles = _captioned(scene, _means(scene), _columns(scene.mixture.components))
+    titles = ["mean", f"{NAMES[scene.order]} {FADING}"]
     return sheet([[scene.tile(scene.mean), tiles]], [], titles, scene.title, scene.note)
 
 
 def _weights(scene: Scene):
-    tiles = _captioned(scene, heat(scene.mixture.weights[0, :, 0], 0, 1), _columns(scene.mixture.components))
-    row = [scene.tile(scene.mean), tiles, scene.bar(1, "")]
-    return sheet([row], [], ["mean", "weight of each component, and its average", ""], scene.title, scene.note)
+    top, beyond = scene.scale(lambda step: scene.arranged(step).weights)
+    maps = [scene.tile(image[None]) for image in heat(scene.mixture.weights[0, :, 0], 0, top)]
+    row = [scene.tile(scene.mean), _captioned(scene, maps, _columns(scene.mixture.components)), scene.bar(top, "", beyond)]
+    return sheet([row], [], ["mean", f"weight of each {ONE[scene.order]}, and its average", ""], scene.title, scene.note)
 
 
 def _winners(scene: Scene):
-    return sheet([[scene.tile(scene.mean), *_winner_map(scene)]], [], ["mean", "heaviest component", ""], scene.title, scene.note)
+    cells = [scene.tile(scene.mean), *_winner_map(scene)]
+    note = scene.note if scene.order == "aligned" else ""
+    return sheet([cells], [], ["mean", _winner_title(scene), ""], scene.title, note)
 
 
 def _entropy(scene: Scene):
-    whole, top = scene.step.corrected, _top_bits(scene)
-    bits = weight_entropy(whole)
-    row = [scene.tile(scene.mean), scene.tile(heat(bits, 0, top)), scene.bar(top, "bits")]
-    note = f"{bits.mean():.2f} bits on average: {effective_components(whole).mean():.2f} effective components of {whole.components}"
+    whole, row = scene.step.corrected, [scene.tile(scene.mean), *scene.map(_bits, "bits", _top_bits(scene))]
+    note = f"{weight_entropy(whole).mean():.2f} bits on average: {effective_components(whole).mean():.2f} effective components of {whole.components}"
     return sheet([row], [], ["mean", "entropy of the weights", ""], scene.title, note)
 
 
 def _spread(scene: Scene):
     parts = spread(scene.step.corrected)
-    top = float(parts.total.max()) or 1.0
-    maps = [scene.tile(heat(part, 0, top)) for part in (parts.within, parts.between)]
-    note = f"within {float(parts.within.mean()):.4f}, between {float(parts.between.mean()):.4f} on average, in units of x_0"
-    row = [scene.tile(scene.mean), *maps, scene.bar(top, "x_0")]
+    note = f"within {float(parts.within.mean()):.3g}, between {float(parts.between.mean()):.3g} on average, in units of x_0"
+    row = [scene.tile(scene.mean), *scene.maps([lambda step: spread(step.corrected).within, _between], "x_0")]
     return sheet([row], [], ["mean", "std within components", "std between components", ""], scene.title, note)
 
 
@@ -120,16 +140,13 @@ def _guidance(scene: Scene):
     if step.divergence is None:
         note = "No probabilistic guidance at this step.\nVanilla CFG moves the conditional mixture itself, before it is recorded."
         return sheet([[scene.tile(before)]], [], ["conditional mean"], scene.title, note)
-    shift = (step.guided.mean() - step.conditional.mean()).square().mean(1).sqrt()
     gain = 1 / max(float((after - before).abs().max()), 1e-6)
-    tops = [float(shift.max()) or 1.0, float(step.divergence.max()) or 1.0]
     cells = [
         scene.tile(before), scene.tile(after), scene.tile((after - before) * gain),
-        scene.tile(heat(shift, 0, tops[0])), scene.bar(tops[0], "x_0"),
-        scene.tile(heat(step.divergence, 0, tops[1])), scene.bar(tops[1], "nats"),
+        *scene.map(_shift, "x_0"), *scene.map(lambda step: step.divergence, "nats"),
     ]
     titles = ["conditional mean", "guided mean", f"difference x {gain:.3g}", "rms shift of the mean", "", "KL(guided || conditional)", ""]
-    note = f"rms shift {float(shift.mean()):.4f} in units of x_0, KL {float(step.divergence.mean()):.3f} nats a pixel on average"
+    note = f"rms shift {float(_shift(step).mean()):.3g} in units of x_0, KL {float(step.divergence.mean()):.3g} nats a pixel on average"
     return sheet([cells], [], titles, scene.title, note)
 
 
@@ -165,9 +182,11 @@ def _timeline(scene: Scene):
     count, top = len(scene.steps), _top_bits(scene)
     shown = sorted({round(i * (count - 1) / (FRAMES - 1)) for i in range(FRAMES)})
     steps = [scene.steps[i] for i in shown]
-    captions = [f"{i + 1}: sigma {step.sigma:.3f}" for i, step in zip(shown, steps)]
-    means = captioned([scene.tile(scene.decode(step.corrected.mean())) for step in steps], captions, None, FRAMES)
-    maps = captioned([scene.tile(heat(weight_entropy(step.corrected), 0, top)) for step in steps], [""] * len(steps), None, FRAMES)
+    captions = [f"{i}: sigma {step.sigma:.3f}" for i, step in zip(shown, steps)]
+    averages = [f"{float(_bits(step).mean()):.2f} bits" for step in steps]
+    least = max(map(caption_width, (captions, averages)))
+    means = captioned([scene.tile(scene.decode(step.corrected.mean())) for step in steps], captions, None, FRAMES, least)
+    maps = captioned([scene.tile(heat(_bits(step), 0, top)) for step in steps], averages, None, FRAMES, least)
     title = f"{count} step{'s' * (count > 1)}, from noise to image"
     strip = sheet([[means], [maps, scene.bar(top, "bits")]], ["mean", "entropy"], [], title)
     width = max(400, (strip.width - 4 * 14) // 3)
@@ -187,26 +206,24 @@ def _pixel(scene: Scene):
     larger = 1 if max(scene.size) >= 250 else 300 / max(scene.size)
     picture = tile(scene.mean, tuple(round(side * larger) for side in scene.size))
     picture = marked(picture, scene.pixel, scene.latent)
-    note = f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.4f} in units of x_0; components as the network numbers them"
+    note = f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.3g} in units of x_0; components as the network numbers them.\n"
+    note += "Discs: components, their areas as their weights. Rings: one standard deviation within them. Cross: the pixel's mean."
     cells = [picture, weight_bars(weights, colours), scatter_chart(whole, colours), marginal_chart(whole, names)]
     return sheet([cells], [], ["mean", "", "", ""], f"{scene.title}, pixel x {x}, y {y}", note)
 
 
 def _sheet(scene: Scene):
-    whole, top = scene.step.corrected, _top_bits(scene)
-    between = spread(whole).between
-    reach = float(between.max()) or 1.0
     maps = [
-        scene.tile(scene.decode(scene.step.x)), scene.tile(scene.mean), scene.tile(heat(weight_entropy(whole), 0, top)), scene.bar(top, "bits"),
-        scene.tile(heat(between, 0, reach)), scene.bar(reach, "x_0"), *_winner_map(scene),
+        scene.tile(scene.decode(scene.step.x)), scene.tile(scene.mean), *scene.map(_bits, "bits", _top_bits(scene)),
+        *scene.map(_between, "x_0"), *_winner_map(scene),
     ]
-    titles = ["x_t", "mean", "entropy", "", "std between components", "", "heaviest component", ""]
+    titles = ["x_t", "mean", "entropy", "", "std between components", "", _winner_title(scene), ""]
     count, name = scene.mixture.components, NAMES[scene.order].capitalize()
     name = name if count <= 16 else f"{name}: the first 16 of {count}"
-    tiles = _captioned(scene, _faded(scene, 16), 8 if scene.size[0] <= scene.size[1] * 1.5 else 4)
+    tiles = _captioned(scene, _means(scene, 16), 8 if scene.size[0] <= scene.size[1] * 1.5 else 4)
     parts = [
         sheet([maps], [], titles, scene.title),
-        sheet([[tiles]], [], ["with their share of the weight, grey where they have none"], name, scene.note),
+        sheet([[tiles]], [], [FADING], name, scene.note),
     ]
     charts = _charts(scene, max(390, (max(part.width for part in parts) - 5 * 14) // 4))
     row = [charts[name] for name in ("weights", "entropy", "std", "shift")]

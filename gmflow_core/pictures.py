@@ -9,7 +9,7 @@ from torch import Tensor
 
 PAPER = (250, 250, 248)
 TEXT = (38, 38, 42)
-FAINT = (120, 120, 128)
+FAINT = (104, 104, 112)
 
 # Viridis at nine points (matplotlib, CC0): perceptually even, readable in grey and by the colour-blind.
 _VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
@@ -92,16 +92,16 @@ def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: S
     return canvas
 
 
-def colour_bar(low: float, high: float, unit: str, length: int, thickness: int = 14):
-    """A vertical viridis bar with its ends and unit written beside it."""
+def colour_bar(low: float, high: float, unit: str, length: int, thickness: int = 14, beyond: bool = False):
+    """A vertical viridis bar with its ends and unit written beside it. ``beyond``: what is higher has the last colour too."""
     from PIL import Image, ImageDraw
 
     ramp = heat(torch.linspace(high, low, length)[:, None].expand(-1, thickness), low, high)
-    small = font(13)
-    canvas = Image.new("RGB", (thickness + 78, length), PAPER)
+    small, words = font(13), f"{'> ' * beyond}{high:.2g} {unit}".strip()
+    canvas = Image.new("RGB", (thickness + 6 + max(text_width(words, 13), text_width(f"{low:.2g}", 13)), length), PAPER)
     canvas.paste(Image.fromarray(to_uint8(ramp[None])[0].numpy()), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    draw.text((thickness + 6, 0), f"{high:.2g} {unit}".strip(), TEXT, small)
+    draw.text((thickness + 6, 0), words, TEXT, small)
     draw.text((thickness + 6, length - 1), f"{low:.2g}", TEXT, small, anchor="ls")
     return canvas
 

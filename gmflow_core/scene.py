@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from .inspect import hypotheses, mean_weights, rank
 from .mixture import GaussianMixture
-from .pictures import colour_bar
+from .pictures import colour_bar, heat
 from .tiles import tile, tile_size
-from .trace import Trace, TraceStep, first_regions, pick
+from .trace import Trace, TraceStep, check_count, first_regions, pick
 
 ORDERS = ("aligned", "ranked", "raw")
 
@@ -45,10 +47,12 @@ class Scene:
     count: int
     decode: Decode
     pixel: tuple[int, int]        # (x, y) in the latent
+    steady: bool = False          # colour scales of all steps at once, for an animation
 
     @property
     def title(self) -> str:
-        return f"Step {self.number + 1} of {len(self.trace.steps)}, sigma {self.step.sigma:.3f}"
+        last = len(self.trace.steps) - 1
+        return f"Step {self.number}{f' (0 to {last})' * (last > 0)}, sigma {self.step.sigma:.3f}"
 
     @cached_property
     def mean(self) -> Tensor:
@@ -83,8 +87,25 @@ class Scene:
     def tile(self, image: Tensor):
         return tile(image, self.size)
 
-    def bar(self, top: float, unit: str):
-        return colour_bar(0, top, unit, self.size[1])
+    def bar(self, top: float, unit: str, beyond: bool = False):
+        return colour_bar(0, top, unit, self.size[1], beyond=beyond)
+
+    def map(self, values: Callable[[TraceStep], Tensor | None], unit: str, top: float | None = None) -> tuple:
+        """A tile of a step's ``values`` (1,H,W), from 0, and its colour bar: :meth:`maps` of one."""
+        return self.maps([values], unit, top)
+
+    def maps(self, values: Sequence[Callable[[TraceStep], Tensor | None]], unit: str, top: float | None = None) -> tuple:
+        """Tiles of a step's maps (1,H,W) on one scale, and their colour bar. The scale ends at ``top``, or as :meth:`scale` has it."""
+        top, beyond = (top, False) if top is not None else self.scale(*values)
+        return *(self.tile(heat(value(self.step), 0, top)) for value in values), self.bar(top, unit, beyond)
+
+    def scale(self, *values: Callable[[TraceStep], Tensor | None]) -> tuple[float, bool]:
+        """The largest of a step's values; if a few are far above the rest, where 99.5 % of them end, and True."""
+        found = [value(step) for value in values for step in (self.steps if self.steady else [self.step])]
+        flat = torch.cat([v.flatten() for v in found if v is not None])
+        largest, most = float(flat.max()), float(flat.kthvalue(math.ceil(0.995 * len(flat))).values)
+        beyond = largest > 1.5 * most > 0
+        return (most if beyond else largest) or 1.0, beyond
 
     @property
     def note(self) -> str:
@@ -93,20 +114,37 @@ class Scene:
         if all_ == 1:
             return ""
         if self.order == "aligned":
-            return f"The {all_} components of a pixel in {shown} hypotheses: clusters of the first step's means, the same at every step."
+            many = f"{shown} hypotheses" if shown > 1 else "one hypothesis"
+            return f"The {all_} components of a pixel in {many}: clusters of the first step's means, the same at every step."
+        how = "by falling weight: 1 is the heaviest everywhere" if self.order == "ranked" else "as the network numbers them"
         if shown == all_:
-            return ""
-        which = f"The {shown} heaviest of {all_} components at each pixel" if self.order == "ranked" else f"Components 1 to {shown} of {all_}"
-        return f"{which}; the others hold {100 * (1 - float(mean_weights(self.mixture).sum())):.1f} % of the weight."
+            return f"The {all_} components of each pixel {how}."
+        rest = 100 * (1 - float(mean_weights(self.mixture).sum()))
+        return f"{shown} of the {all_} components of each pixel {how}; the others hold {rest:.1f} % of the weight."
 
 
 def look(
     trace: Trace, step: int, image: int, order: str, count: int, decode: Decode, pixel: tuple[int, int] | None = None,
+    steady: bool = False,
 ) -> Scene:
     """The scene of a step and an image; ValueError if there is none. ``pixel`` is the latent's middle if None."""
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    check_count(count)
     chosen = pick(trace, step, image)
     height, width = chosen.x.shape[-2:]
     pixel = (width // 2, height // 2) if pixel is None else pixel
-    return Scene(trace, image, step % len(trace.steps), chosen, order, count, decode, pixel)
+    return Scene(trace, image, step % len(trace.steps), chosen, order, count, checked(decode), pixel, steady)
+
+
+def checked(decode: Decode) -> Decode:
+    """``decode`` whose pictures are looked at before they are drawn: ValueError for what is no picture of its input."""
+    def decoded(x: Tensor) -> Tensor:
+        pictures = decode(x)
+        wrong = not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) != len(x)
+        if wrong or pictures.shape[2] * x.shape[3] != pictures.shape[3] * x.shape[2]:
+            got = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
+            raise ValueError(f"decode: got {got} for {tuple(x.shape)}; pictures (N,3,H',W') are expected, one each and of the same proportions")
+        return pictures
+
+    return decoded

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .charts import PALETTE
-from .pictures import FAINT, PAPER, TEXT, font, text_width, to_uint8
+from .pictures import FAINT, PAPER, TEXT, font, heat, text_width, to_uint8
 
 SMALL, LARGE = 192, 256  # pixels of a tile's longer side, about: of a map, and of a picture finer than its map
 MOST = 384
@@ -30,16 +31,44 @@ def tile(image: Tensor, size: tuple[int, int]):
     from PIL import Image
 
     picture = Image.fromarray(to_uint8(image)[0].numpy())
-    larger = size[0] >= picture.width
-    return picture.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
+    return picture.resize(size, _filter(picture.width, size[0]))
 
 
-def captioned(tiles: Sequence, captions: Sequence[str], colours: Sequence | None, columns: int):
-    """Tiles in rows, each with a caption beneath, and before it a swatch of its colour."""
+def _filter(width: int, wanted: int):
+    from PIL import Image
+
+    return Image.Resampling.NEAREST if wanted >= width else Image.Resampling.BOX
+
+
+CHECKS = ((208, 208, 204), (232, 232, 228))  # what shows through where a picture is transparent
+
+
+def see_through(picture, opacity: Tensor):
+    """The picture over a checkerboard, which shows as far as opacity (H,W) in [0, 1] is below one."""
+    from PIL import Image
+
+    checks = Image.new("RGB", picture.size, CHECKS[0])
+    pair = Image.new("RGB", (12, 12), CHECKS[0])
+    pair.paste(CHECKS[1], (0, 0, 6, 6))
+    pair.paste(CHECKS[1], (6, 6, 12, 12))
+    for x in range(0, picture.width, 12):
+        for y in range(0, picture.height, 12):
+            checks.paste(pair, (x, y))
+    mask = Image.fromarray((255 * opacity).round().byte().numpy()).resize(picture.size, _filter(opacity.shape[1], picture.width))
+    return Image.composite(picture, checks, mask)
+
+
+def caption_width(captions: Sequence[str]) -> int:
+    """What a tile with the widest of these captions takes."""
+    return 30 + max(text_width(text, 15) for text in captions)
+
+
+def captioned(tiles: Sequence, captions: Sequence[str], colours: Sequence | None, columns: int, least: int = 0):
+    """Tiles in rows, each with a caption beneath, and before it a swatch of its colour. A column is ``least`` wide or more."""
     from PIL import Image, ImageDraw
 
     width, height, gap, foot = tiles[0].width, tiles[0].height, 10, 30
-    wide = max(width, 30 + max(text_width(text, 15) for text in captions))  # of a narrow picture, for its caption
+    wide = max(width, least, caption_width(captions))
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     canvas = Image.new("RGB", (columns * (wide + gap) - gap, rows * (height + foot)), PAPER)
@@ -70,13 +99,13 @@ def legend(colours: Sequence[tuple[int, int, int]], names: Sequence[str], rows: 
 
 
 def marked(picture, pixel: tuple[int, int], latent: Sequence[int]):
-    """The picture with a box around one pixel (x, y) of the latent (h, w); a tiny one gets a box that can be seen."""
+    """The picture with a box around one pixel (x, y) of the latent (h, w), all of it inside; a tiny one gets a box that can be seen."""
     from PIL import ImageDraw
 
     picture = picture.copy()
     unit = picture.width / latent[1], picture.height / latent[0]
-    centre = [(p + 0.5) * u for p, u in zip(pixel, unit)]
-    half = [max(u / 2, 5) for u in unit]
+    half = [max(u / 2, 6) for u in unit]
+    centre = [min(max((p + 0.5) * u, h + 2), side - h - 2) for p, u, h, side in zip(pixel, unit, half, picture.size)]
     pen = ImageDraw.Draw(picture)
     for grow, colour in ((2, (255, 255, 255)), (1, (0, 0, 0)), (0, (255, 255, 255))):
         pen.rectangle((*(c - h - grow for c, h in zip(centre, half)), *(c + h + grow - 1 for c, h in zip(centre, half))), outline=colour)
@@ -107,13 +136,14 @@ def evened(pictures: Sequence) -> list:
 
 
 def save_animation(pictures: Sequence, path, milliseconds: int = 700) -> None:
-    """Pictures as a ``.gif`` or ``.webp`` that repeats; a GIF has one palette, which holds the charts' colours exactly."""
+    """Pictures as a ``.gif`` or ``.webp`` that repeats. A GIF has 256 colours: those of charts and maps exactly, the rest as they come."""
     from PIL import Image
 
     frames = evened(pictures)
-    if path.suffix == ".gif":
-        exact = [channel for colour in (PAPER, TEXT, FAINT, *PALETTE) for channel in colour]
-        adaptive = stacked(frames).quantize(256 - len(exact) // 3, method=Image.Quantize.MAXCOVERAGE).getpalette()
+    if path.suffix.lower() == ".gif":
+        map_colours = to_uint8(heat(torch.linspace(0, 1, 64)[None], 0, 1)[None])[0, 0].flatten().tolist()
+        exact = [channel for colour in (PAPER, TEXT, FAINT, *CHECKS, *PALETTE) for channel in colour] + map_colours
+        adaptive = stacked(frames).quantize(256 - len(exact) // 3, method=Image.Quantize.MEDIANCUT).getpalette()
         palette = Image.new("P", (1, 1))
         palette.putpalette((exact + adaptive)[: 3 * 256])
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,11 @@ from .guidance import Guided
 from .inspect import (
     align, dominance, follow, hypotheses, mean_weights, regions, spread, tilt_divergence, weight_entropy,
 )
-from .mixture import GaussianFactor, GaussianMixture
+from .mixture import GaussianFactor, GaussianMixture, TiltedMixture
 from .solver import StepInfo
+
+
+MIXTURES = ("conditional", "guided", "corrected")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,37 +44,58 @@ class Trace:
 class Recorder:
     """A sampler's callback that keeps a :class:`Trace`: the first ``images`` images of at most ``steps`` steps.
 
-    Mixtures are stored in half precision on the CPU: 2 B K (C + 1) H W bytes each, up to three a step.
+    Mixtures are stored in half precision, 2 B K (C + 1) H W bytes each, up to three a step: on the sampler's device
+    while it works, so that no step waits for a copy, and on the CPU from :meth:`trace` on.
     """
 
     def __init__(self, images: int = 4, steps: int = 1000):
-        self.images, self.limit, self.kept = images, steps, []
+        self.images, self.limit = images, steps
+        self.kept: list[TraceStep] = []
 
     def __call__(self, info: StepInfo) -> None:
         if len(self.kept) < self.limit:
             self.kept.append(TraceStep(
-                info.sigma, info.sigma_next, self._half(info.x), *self._mixtures(info.guided, info.posterior),
+                info.sigma, info.sigma_next, _half(self._first(info.x)), *self._mixtures(info.guided, info.posterior),
                 self._divergence(info.guided),
             ))
 
     def trace(self) -> Trace:
-        return Trace(tuple(self.kept))
+        """What was recorded, on the CPU."""
+        return Trace(tuple(map(_on_cpu, self.kept)))
 
     def _divergence(self, guided: Guided) -> Tensor | None:
         if guided.bias is None:
             return None
-        first = lambda t: t[: self.images]  # noqa: E731
-        factor = guided.target.factor() - guided.anchor.factor()
-        factor = GaussianFactor(first(factor.precision), first(factor.shift))
-        return tilt_divergence(guided.base.map(first), factor).to("cpu", torch.float16)
+        factor = self._first_factor(guided.target.factor() - guided.anchor.factor())
+        return _half(tilt_divergence(guided.base.map(self._first), factor))
 
     def _mixtures(self, guided: Guided, posterior: GaussianMixture) -> tuple[GaussianMixture, ...]:
         parts = {id(part): part for part in (guided.base, guided.posterior, posterior)}  # often one: kept once
-        stored = {name: part.map(self._half) for name, part in parts.items()}
+        stored = {name: self._first_images(part).map(_half) for name, part in parts.items()}
         return stored[id(guided.base)], stored[id(guided.posterior)], stored[id(posterior)]
 
-    def _half(self, x: Tensor) -> Tensor:
-        return x[: self.images].detach().to("cpu", torch.float16)
+    def _first_images(self, mixture: GaussianMixture) -> GaussianMixture:
+        """Of the first images alone: a tilt is only worked out for what is kept."""
+        if isinstance(mixture, TiltedMixture):
+            return mixture.base.map(self._first).tilt(self._first_factor(mixture.factor))
+        return mixture.map(self._first)
+
+    def _first_factor(self, factor: GaussianFactor) -> GaussianFactor:
+        return GaussianFactor(self._first(factor.precision), self._first(factor.shift))
+
+    def _first(self, x: Tensor) -> Tensor:
+        return x[: self.images].detach()
+
+
+def _on_cpu(step: TraceStep) -> TraceStep:
+    parts = {id(part): part for part in (getattr(step, name) for name in MIXTURES)}  # one that is kept once stays one
+    moved = {name: part.map(Tensor.cpu) for name, part in parts.items()}
+    divergence = None if step.divergence is None else step.divergence.cpu()
+    return replace(step, x=step.x.cpu(), divergence=divergence, **{name: moved[id(getattr(step, name))] for name in MIXTURES})
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.to(torch.float16, copy=True)
 
 
 def pick(trace: Trace, step: int, image: int) -> TraceStep:
@@ -85,15 +109,15 @@ def pick(trace: Trace, step: int, image: int) -> TraceStep:
         raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}, the first of the batch")
     chosen = trace.steps[step]
     one = lambda t: t[image : image + 1].float()  # noqa: E731
-    return TraceStep(
-        chosen.sigma, chosen.sigma_next, one(chosen.x),
-        *(_normalised(m.map(one)) for m in (chosen.conditional, chosen.guided, chosen.corrected)),
-        None if chosen.divergence is None else one(chosen.divergence),
-    )
+    mixtures = {name: _sound(getattr(chosen, name).map(one), f"step {step % steps}, image {image}, {name}") for name in MIXTURES}
+    return replace(chosen, x=one(chosen.x), divergence=None if chosen.divergence is None else one(chosen.divergence), **mixtures)
 
 
-def _normalised(mixture: GaussianMixture) -> GaussianMixture:
-    """Weights that sum to one again after half precision."""
+def _sound(mixture: GaussianMixture, where: str) -> GaussianMixture:
+    """Weights that sum to one again after half precision; ValueError for a mixture that is not finite."""
+    if not (mixture.means.isfinite().all() and mixture.log_std.isfinite().all() and (mixture.log_weights < torch.inf).all()):
+        raise ValueError(f"trace: {where}: the mixture holds NaN or infinite values (half precision ends at 65504); "
+                         "the model or its input is broken there, or was sampled in too low a precision")
     return GaussianMixture.from_logits(mixture.means, mixture.log_weights, mixture.log_std)
 
 
@@ -105,7 +129,7 @@ def save_trace(trace: Trace, path) -> None:
     tensors = {}
     for i, step in enumerate(trace.steps):
         tensors[f"step_{i:03d}.x"] = step.x
-        for name in ("conditional", "guided", "corrected"):
+        for name in MIXTURES:
             mixture = getattr(step, name)
             for part in ("means", "log_weights", "log_std"):
                 tensors[f"step_{i:03d}.{name}.{part}"] = getattr(mixture, part)
@@ -126,6 +150,7 @@ def statistics(trace: Trace, image: int = 0, count: int = 8, pixel: tuple[int, i
     Components are aligned over the image at the first step and followed from there; ``count`` is the number of
     hypotheses, at most: the pictures' ``max_components``. With ``pixel`` (x, y) each step also has that pixel's mixture.
     """
+    check_count(count)
     centres, aligned, steps = first_regions(trace, image, count), None, []
     for index in range(len(trace.steps)):
         chosen = pick(trace, index, image)
@@ -136,6 +161,12 @@ def statistics(trace: Trace, image: int = 0, count: int = 8, pixel: tuple[int, i
             steps[-1]["pixel"] = _pixel(chosen.corrected, pixel)
     centres = [[_number(v) for v in centre] for centre in centres[0].tolist()]
     return {"format": 1, "image": image, "hypotheses": centres, "steps": steps}
+
+
+def check_count(count: int) -> None:
+    """ValueError for a number of hypotheses or components that shows nothing."""
+    if count < 1:
+        raise ValueError(f"max_components: got {count}; at least one is shown")
 
 
 def first_regions(trace: Trace, image: int, count: int) -> Tensor:
@@ -192,4 +223,4 @@ def _summary(values: Tensor) -> dict:
 
 
 def _number(value: float) -> float:
-    return round(value, 6)
+    return float(f"{value:.6g}")

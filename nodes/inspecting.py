@@ -44,7 +44,7 @@ class GMFlowInspector(io.ComfyNode):
                                       tooltip="For view pixel: its row in the latent, from 0; -1 is the middle. A click into the small picture sets it.")),
                 advanced(io.Boolean.Input("save_tensors", default=False,
                                           tooltip="Also write every mixture of the trace to the output folder as gmflow_trace_*.safetensors "
-                                                  "(half precision, 2 K (C + 1) H W bytes an image, up to three times a step).")),
+                                                  "(half precision, 2 K (C + 1) H W bytes an image, three times a step).")),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes latents. RGB models need none; without one, latents are shown in rough colours."),
             ],
             [

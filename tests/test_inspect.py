@@ -99,6 +99,21 @@ def test_hypotheses_keep_the_mean_of_every_pixel(rng):
     torch.testing.assert_close(coarse.mean(), mix.mean(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size, k", [(128, 8), (64, 64), (128, 64)])
+def test_regions_see_every_part_of_a_large_image(size, k):
+    """A stripe of 11 % of the columns has hypotheses of its own, whatever the width."""
+    colours = torch.tensor([[0.8, -0.6, -0.6], [0.5, -0.6, -0.6], [-0.7, 0.8, -0.6], [-0.7, -0.6, 0.9]])
+    column, first = torch.arange(size), torch.arange(k) % 2 == 0
+    striped = (column >= 0.38 * size) & (column < 0.49 * size)
+    means = torch.where(striped[None, :, None], colours[2:][torch.arange(k) % 2][:, None], colours[:2][torch.arange(k) % 2][:, None])
+    means = means.movedim(2, 1)[None, :, :, None, :].expand(1, k, 3, size, size)
+    logits = torch.where(first, math.log(0.9), math.log(0.1))[None, :, None, None, None].expand(1, k, 1, size, size)
+    found = regions(GaussianMixture.from_logits(means, logits, torch.zeros(1, 1, 1, 1, 1)), 4)[0]
+    share = striped.float().mean()
+    true = sorted(zip([0.9 * (1 - share), 0.1 * (1 - share), 0.9 * share, 0.1 * share], colours.tolist()), reverse=True)
+    torch.testing.assert_close(found, torch.tensor([colour for _, colour in true]), atol=1e-3, rtol=0)  # and by falling weight
+
+
 # ---- across steps ------------------------------------------------------------------------------
 
 def drifting(rng, steps=12, k=5, size=8):
