@@ -56,6 +56,17 @@ def test_every_node_explains_itself(host):
                 assert spec[1].get("tooltip") or name == "GMFlowSamplerCustom", f"{name}.{widget}"
 
 
+def test_help_pages_and_translations_are_of_these_schemas(host):
+    """Of what both versions of ComfyUI tell; tests/test_docs.py says how to record them again."""
+    known = json.loads((ROOT / "tests" / "data" / "node_schemas.json").read_text(encoding="utf-8"))
+    for name, info in pack(host).items():
+        assert (info["display_name"], info["description"]) == (known[name]["display_name"], known[name]["description"])
+        for widget, spec in known[name]["inputs"].items():
+            group = "optional" if spec["optional"] else "required"
+            assert info["input"][group][widget][1].get("tooltip") == spec["tooltip"], f"{name}.{widget}"
+        assert info["output_tooltips"] == [output["tooltip"] for output in known[name]["outputs"]], name
+
+
 def test_the_pack_loads_fast_and_quietly(host):
     log = host.log()
     (seconds, failed) = re.search(r"([\d.]+) seconds( \(IMPORT FAILED\))?: \S*gmflow-nodes", log).groups()
