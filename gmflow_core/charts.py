@@ -238,19 +238,27 @@ def marginal_chart(mixture: GaussianMixture, names: Sequence[str], size=(420, 34
     return axes.picture()
 
 
-def weight_bars(weights: Sequence[float], colours: Sequence[tuple[int, int, int]], size=(250, 340), rows: int = 10):
-    """The heaviest of one pixel's components as bars with their share and number; the rest as a sum."""
+def weight_bars(weights: Sequence[float], colours: Sequence[tuple[int, int, int]], groups: Sequence[int] | None = None, size=(250, 340), rows: int = 10):
+    """The heaviest of one pixel's components as bars with their share and number; the rest as a sum.
+
+    ``groups``: the hypothesis of each, whose number and colour come last.
+    """
     from PIL import Image, ImageDraw
 
     order = sorted(range(len(weights)), key=lambda k: -weights[k])
     canvas = Image.new("RGB", size, PAPER)
-    pen, full = ImageDraw.Draw(canvas), (size[0] - 110) / max(weights)
+    pen, full = ImageDraw.Draw(canvas), (size[0] - (110 if groups is None else 160)) / max(weights)
     pen.text((0, 27), "weights", TEXT, font(15), anchor="ls")
+    if groups is not None:
+        pen.text((size[0] - 4, 27), "hypothesis", FAINT, font(14), anchor="rs")
     for i, k in enumerate(order[:rows]):
         y = 50 + 26 * i
         pen.text((24, y), str(k + 1), FAINT, font(14), anchor="rm")
         pen.rectangle((34, y - 8, 34 + max(1, round(full * weights[k])), y + 8), colours[k])
         pen.text((40 + full * weights[k], y), f"{100 * weights[k]:.1f} %", TEXT, font(14), anchor="lm")
+        if groups is not None:
+            pen.rectangle((size[0] - 50, y - 6, size[0] - 39, y + 5), component_colour(groups[k]))
+            pen.text((size[0] - 32, y), str(groups[k] + 1), FAINT, font(14), anchor="lm")
     if order[rows:]:
         rest = sum(weights[k] for k in order[rows:])
         pen.text((34, 50 + 26 * rows), f"{len(order) - rows} more: {100 * rest:.1f} %", FAINT, font(14), anchor="lm")

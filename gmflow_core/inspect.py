@@ -188,7 +188,7 @@ def _match(means: Tensor, targets: Tensor) -> Tensor:
 
 def _merge(means: Tensor, weights: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Merge a pixel's components (S,K,C), (S,K) by nearest centre (N,C): means (S,N,C), weights (S,N)."""
-    label = _nearest(means, centres)                                            # (S,K)
+    label = nearest(means, centres)                                            # (S,K)
     share = torch.nn.functional.one_hot(label, len(centres)) * weights.unsqueeze(-1)
     total = share.sum(1)                                                        # (S,N)
     merged = (share.mT @ means) / total.unsqueeze(-1)
@@ -209,15 +209,15 @@ def cluster(means: Tensor, weights: Tensor, count: int, iterations: int = 20) ->
         new = points[(gap.square() * mass).argmax()][None]
         centres = new if i == 0 else torch.cat([centres, new])
     for _ in range(iterations):
-        label = _nearest(points, centres)
+        label = nearest(points, centres)
         shares = mass.new_zeros(count).index_add_(0, label, mass)
         total = torch.zeros_like(centres).index_add_(0, label, mass[:, None] * points)
         centres = torch.where(shares[:, None] > 0, total / shares[:, None], centres)
-    shares = weights.new_zeros(count).index_add_(0, _nearest(means, centres).flatten(), weights.flatten())
+    shares = weights.new_zeros(count).index_add_(0, nearest(means, centres).flatten(), weights.flatten())
     return centres[shares.argsort(descending=True, stable=True)]
 
 
-def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+def nearest(points: Tensor, centres: Tensor) -> Tensor:
     """Which of the centres (N,C) is nearest to each point (...,C)."""
     blocks = points.flatten(0, -2).split(max(1, BLOCK // len(centres)))
     return torch.cat([_distances(block, centres).argmin(1) for block in blocks]).reshape(points.shape[:-1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .charts import Series, component_colours, line_chart, marginal_chart, scatter_chart, share_chart, weight_bars
-from .inspect import dominance, dominant_component, effective_components, mean_weights, spread, weight_entropy
+from .inspect import dominance, dominant_component, effective_components, mean_weights, nearest, spread, weight_entropy
 from .pictures import heat, sheet, to_uint8
 from .scene import Decode, Scene, look
 from .tiles import caption_width, captioned, legend, marked, see_through, stacked, tile
@@ -208,7 +208,8 @@ def _pixel(scene: Scene):
     picture = marked(picture, scene.pixel, scene.latent)
     note = f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.3g} in units of x_0; components as the network numbers them.\n"
     note += "Discs: components, their areas as their weights. Rings: one standard deviation within them. Cross: the pixel's mean."
-    cells = [picture, weight_bars(weights, colours), scatter_chart(whole, colours), marginal_chart(whole, names)]
+    groups = nearest(whole.means[0, :, :, 0, 0], scene.centres[0]).tolist() if scene.centres is not None and whole.components > 1 else None
+    cells = [picture, weight_bars(weights, colours, groups), scatter_chart(whole, colours), marginal_chart(whole, names)]
     return sheet([cells], [], ["mean", "", "", ""], f"{scene.title}, pixel x {x}, y {y}", note)
 
 

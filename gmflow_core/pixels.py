@@ -15,6 +15,10 @@ from .pictures import to_uint8
 from .scene import Decode, Scene
 
 MOST_BYTES = 4 * 2**20
+PARTS = {
+    "aligned": "hypotheses, in which a pixel's components are merged, numbered as in the picture",
+    "ranked": "components by their rank at this pixel", "raw": "components as the network numbers them",
+}
 
 
 def save_pixels(scene: Scene, path: Path, colours: Decode) -> bool:
@@ -22,7 +26,7 @@ def save_pixels(scene: Scene, path: Path, colours: Decode) -> bool:
 
     N components in the scene's order: ``weights`` (H,W,N), ``means`` (H,W,N,C) and ``entropy`` (H,W) in bits,
     half precision; ``rgb`` (H,W,1+N,3), uint8: what the mean and each component look like, by ``colours``
-    (x_0 (N,C,H,W) to RGB of the same size). The metadata's ``gmflow_pixels`` is JSON: title, number of all
+    (x_0 (N,C,H,W) to RGB of the same size). The metadata's ``gmflow_pixels`` is JSON: title, what the N are, number of all
     components, standard deviation, largest entropy, and the components' colours.
     """
     whole, shown = scene.step.corrected, scene.mixture
@@ -35,7 +39,7 @@ def save_pixels(scene: Scene, path: Path, colours: Decode) -> bool:
         "entropy": weight_entropy(whole)[0].half(), "rgb": rgb.permute(1, 2, 0, 3),
     }
     about = {
-        "title": scene.title, "components": whole.components, "std": round(float(whole.log_std.exp()), 6),
+        "title": scene.title, "parts": PARTS[scene.order], "components": whole.components, "std": round(float(whole.log_std.exp()), 6),
         "bits": math.log2(whole.components), "colours": component_colours(count),
     }
     write_safetensors(path, {name: t.contiguous() for name, t in tensors.items()}, {"gmflow_pixels": json.dumps(about)})

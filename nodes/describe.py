@@ -11,6 +11,7 @@ from ..gmflow_core import GMDiTConfig, SpectrumMLP
 from ..gmflow_core.checkpoint import LatentSpace
 
 LABELS = "gmflow_labels"     # in a conditioning's dict: int64 (N,)
+MOST_TIMES = 8               # a latent's longer side over the trained size
 CLASSES = "gmflow_classes"   # beside it: how many classes the model has that they are made for
 
 
@@ -34,6 +35,11 @@ def check_latent(info: ModelInfo, noise, latent) -> None:
             f"latent: got {noise.shape[1]} channels of size {' x '.join(map(str, size))}; this model paints "
             f"{config.in_channels} channels ({kind}), height and width multiples of {patch}, trained at "
             f"{config.sample_size} x {config.sample_size}; GMFlow Empty Latent makes one"
+        )
+    if max(size) > MOST_TIMES * config.sample_size:
+        raise ValueError(
+            f"latent: {' x '.join(map(str, size))} is {max(size) / config.sample_size:.3g} times the {config.sample_size} x {config.sample_size} "
+            f"that this model was trained at, and more than {MOST_TIMES} times is no picture and takes forever; GMFlow Empty Latent makes one"
         )
     if latent is not None and not torch.isfinite(latent).all():
         raise ValueError("latent: it holds NaN or infinite values; the node that made it failed (a VAE in half precision?)")

@@ -199,7 +199,12 @@ def model_files() -> list[str]:
 
 
 def model_path(name: str) -> str:
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
+    """ValueError for a file that is not there (any more)."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise ValueError(f"model_name: there is no {name!r} in {folder_paths.get_folder_paths(FOLDER)[0]}; put a GMFlow checkpoint there "
+                         "and refresh the page, or choose another one of the list")
+    return path
 
 
 def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):

@@ -166,6 +166,9 @@ def test_latents_that_do_not_fit(pack, config):
     for shape in ((1, 4, 8, 8), (1, 3, 9, 8), (1, 3, 1, 8, 8)):
         with pytest.raises(ValueError, match=r"latent: got .* 3 channels \(RGB pixels\), height and width multiples of 2"):
             describe.check_latent(info, torch.zeros(shape), None)
+    describe.check_latent(info, torch.zeros(1, 3, 8, 64), None)
+    with pytest.raises(ValueError, match=r"latent: 8 x 512 is 64 times the 8 x 8 that .*GMFlow Empty Latent makes one"):
+        describe.check_latent(info, torch.zeros(1, 3, 8, 512), None)
     with pytest.raises(ValueError, match="NaN"):
         describe.check_latent(info, torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan))
 

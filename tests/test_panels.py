@@ -280,6 +280,7 @@ def test_pixels_for_a_page(rng, tmp_path, order, count):
     with safe_open(tmp_path / "pixels.safetensors", "pt") as file:
         about = json.loads(file.metadata()["gmflow_pixels"])
     assert about["title"] == "Step 1 (0 to 2), sigma 0.667" and about["components"] == 8 and about["bits"] == 3
+    assert about["parts"].startswith({"aligned": "hypotheses", "ranked": "components by their rank", "raw": "components as the network"}[order])
     assert about["std"] == pytest.approx(pick(trace, 1, 2).corrected.log_std.exp().item(), abs=1e-6) and len(about["colours"]) == count
     shown = ordered(pick(trace, 1, 2).corrected, order, count, scene.centres)
     torch.testing.assert_close(tensors["weights"].float(), shown.weights[0, :, 0].permute(1, 2, 0), atol=1e-3, rtol=1e-3)

@@ -145,12 +145,12 @@ Four steps, the same noise, two solvers.
     guider = flow.add("GMFlowGuider", model=model, positive=positive, negative=negative, guidance=0.3).out
     sigmas = flow.add("GMFlowScheduler", model=model, steps=4).out
     vae = pixels(flow)
-    solvers = [("GM-ODE: deterministic", "ode", "SamplerGMFlowODE"), ("GM-SDE: stochastic", "sde", "SamplerGMFlowSDE")]
+    solvers = [("GM-ODE: deterministic", "ode", "SamplerGMFlowODE", 320), ("GM-SDE: stochastic", "sde", "SamplerGMFlowSDE", 290)]
     row = None
-    for title, name, solver in solvers:
+    for title, name, solver, height in solvers:
         beside = dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)
         row = flow.group(title, across=True, color=PURPLE, **beside)
-        sampler = flow.add(solver, show_advanced=True).out
+        sampler = flow.add(solver, size=(280, height), show_advanced=True).out
         sampled = flow.add("SamplerCustomAdvanced", size=(280, 130), under=True, noise=noise, guider=guider, sampler=sampler,
                            sigmas=sigmas, latent_image=latent)
         images = enlarge(flow, sampled["output"], vae)

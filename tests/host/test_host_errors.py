@@ -191,7 +191,7 @@ def loaded(g, name, tensor):
 
 @pytest.mark.parametrize("name, shape, words", [
     ("channels", (1, 4, 16, 16), ["4 channels", "3 channels (RGB pixels)"]), ("odd", (1, 3, 15, 16), ["15 x 16", "multiples of 2"]),
-    ("video", (1, 3, 2, 16, 16), ["2 x 16 x 16"]),
+    ("video", (1, 3, 2, 16, 16), ["2 x 16 x 16"]), ("huge", (1, 3, 16, 512), ["16 x 512 is 32 times the 16 x 16", "GMFlow Empty Latent"]),
 ])
 @pytest.mark.parametrize("sampler", ["gm", "core"])
 def test_latents_of_other_models(digits, name, shape, words, sampler):

@@ -6,6 +6,8 @@ import { api } from "../../../scripts/api.js";
 const HEIGHT = 206;
 const MARGIN = 20; // what the page leaves around a widget, above and below together
 const ROWS = 8;
+const ROW = 17; // pixels
+const WIDTH = 470; // of the node, at least: what the longest line takes
 const panels = new WeakMap(); // node -> its panel
 
 app.registerExtension({
@@ -33,7 +35,9 @@ async function show(node, text) { // a file's name, or why there is none
   const latest = (panel.latest = {}); // of several runs the last one is shown, whichever answers first
   const named = text.endsWith(".safetensors");
   const data = named ? await load(text).catch((error) => console.warn("GMFlow Inspector:", error)) : null;
-  if (panel.latest === latest) draw(panel, data, named ? "Run again to see the components of a pixel." : text);
+  if (panel.latest !== latest) return;
+  draw(panel, data, named ? "Run again to see the components of a pixel." : text);
+  app.graph?.setDirtyCanvas?.(true, true); // the page gives a widget its place when it draws
 }
 
 // ---- data ---------------------------------------------------------------------------------------
@@ -100,20 +104,23 @@ function addPanel(node) {
   });
   const frame = make("div", { position: "relative", flex: "none", cursor: "crosshair", alignSelf: "flex-start" }, root);
   const canvas = make("canvas", { display: "block", imageRendering: "pixelated" }, frame);
-  const box = make("div", { position: "absolute", boxSizing: "border-box", border: "1px solid #fff", outline: "1px solid #000", pointerEvents: "none" }, frame);
+  const marker = (colour) => make("div", { position: "absolute", boxSizing: "border-box", border: `1px solid ${colour}`, outline: "1px solid #000", pointerEvents: "none" }, frame);
+  const kept = marker("#fd0"), box = marker("#fff");
   const text = make("div", { flex: "1", minWidth: "0", overflow: "hidden" }, root);
-  const panel = { node, frame, canvas, box, text, data: null };
+  const panel = { node, frame, canvas, kept, box, text, data: null };
   frame.addEventListener("pointermove", (event) => point(panel, event));
-  frame.addEventListener("click", () => keep(panel));
+  frame.addEventListener("pointerleave", () => panel.data && describe(panel, ...keptPixel(panel)));
+  // Not at "click": the page has taken its picture for undo by then.
+  frame.addEventListener("pointerdown", (event) => event.button === 0 && keep(panel));
   const widget = node.addDOMWidget("gmflow_pixels", "gmflow_pixels", root, {
-    serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT + MARGIN, getMaxHeight: () => HEIGHT + MARGIN,
+    serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight: () => HEIGHT + MARGIN, getMaxHeight: () => HEIGHT + MARGIN,
     getValue: () => undefined, setValue: () => {},
   });
   widget.serialize = false; // no value in a workflow
   const preview = node.widgets.findIndex(({ name }) => name === "$$canvas-image-preview"); // it takes the rest of the node
   if (preview >= 0) node.widgets.splice(preview, 0, node.widgets.pop());
   const least = node.computeSize(); // with some room for the preview; no more, for there may be nodes beneath
-  node.setSize([Math.max(node.size[0], least[0], 400), Math.max(node.size[1], least[1])]);
+  node.setSize([Math.max(node.size[0], least[0], WIDTH), Math.max(node.size[1], least[1])]);
   panels.set(node, panel);
   return panel;
 }
@@ -132,9 +139,14 @@ function draw(panel, data, note) {
   const image = new ImageData(width, height);
   for (let i = 0; i < width * height; i++) image.data.set([...rgb.slice(3 * i * (1 + count), 3 * i * (1 + count) + 3), 255], 4 * i);
   panel.canvas.getContext("2d").putImageData(image, 0, 0);
-  const chosen = ["pixel_x", "pixel_y"].map((name) => panel.node.widgets?.find((widget) => widget.name === name)?.value ?? -1);
-  const [x, y] = chosen.map((value, axis) => (value < 0 ? Math.floor([width, height][axis] / 2) : Math.min(value, [width, height][axis] - 1)));
-  describe(panel, x, y);
+  describe(panel, ...keptPixel(panel));
+}
+
+// The pixel of the view "pixel", as the node's inputs say.
+function keptPixel({ node, data }) {
+  const size = [data.width, data.height];
+  const chosen = ["pixel_x", "pixel_y"].map((name) => node.widgets?.find((widget) => widget.name === name)?.value ?? -1);
+  return chosen.map((value, axis) => (value < 0 ? Math.floor(size[axis] / 2) : Math.min(value, size[axis] - 1)));
 }
 
 function point(panel, event) {
@@ -148,32 +160,48 @@ function point(panel, event) {
 function keep(panel) {
   for (const [name, value] of [["pixel_x", panel.x], ["pixel_y", panel.y]]) {
     const widget = panel.node.widgets?.find((each) => each.name === name);
-    if (widget) widget.value = value;
+    if (!widget) continue;
+    widget.value = value;
+    widget.callback?.(value);
   }
+  describe(panel, panel.x, panel.y);
   app.graph?.setDirtyCanvas?.(true, true);
 }
 
-function describe(panel, x, y) {
-  const { data, text, box, canvas } = panel;
-  Object.assign(panel, { x, y });
-  const { parts, entropy } = mixtureAt(data, x, y);
-  const unit = [parseFloat(canvas.style.width) / data.width, parseFloat(canvas.style.height) / data.height];
+function place(marker, panel, x, y) {
+  const unit = [parseFloat(panel.canvas.style.width) / panel.data.width, parseFloat(panel.canvas.style.height) / panel.data.height];
   const side = unit.map((u) => Math.max(u, 6));
-  Object.assign(box.style, {
+  Object.assign(marker.style, {
     left: `${(x + 0.5) * unit[0] - side[0] / 2}px`, top: `${(y + 0.5) * unit[1] - side[1] / 2}px`, width: `${side[0]}px`, height: `${side[1]}px`,
   });
+}
+
+function describe(panel, x, y) {
+  const { data, text } = panel, [keptX, keptY] = keptPixel(panel);
+  Object.assign(panel, { x, y });
+  const { parts, entropy } = mixtureAt(data, x, y);
+  place(panel.kept, panel, keptX, keptY);
+  place(panel.box, panel, x, y);
+  panel.kept.style.display = x === keptX && y === keptY ? "none" : "";
   text.replaceChildren();
-  const head = make("div", { whiteSpace: "nowrap" }, text);
-  head.textContent = `x ${x}, y ${y}: ${entropy.toFixed(2)} of ${data.bits.toFixed(2)} bits, std ${data.std.toPrecision(3)}`;
+  addLine(text, 1, `${data.title}, x ${x}, y ${y}`);
+  const many = data.components > 1 ? `${data.components} components` : "1 component";
+  addLine(text, 0.65, `${entropy.toFixed(2)} bits in ${many}, std ${data.std.toPrecision(2)}`).title =
+    `Entropy of the network's components, of at most ${data.bits.toFixed(2)} bits. Below: ${data.parts}.`;
   const shown = parts.slice(0, ROWS).filter(({ weight }) => weight >= 0.0005);
   for (const part of shown) addRow(text, part, parts[0].weight);
   const rest = 1 - shown.reduce((sum, part) => sum + part.weight, 0);
-  const foot = make("div", { opacity: 0.65, whiteSpace: "nowrap" }, text);
-  foot.textContent = rest > 0.0005 ? `others: ${(100 * Math.max(rest, 0)).toFixed(1)} %` : data.title;
+  if (rest > 0.0005) addLine(text, 0.65, `others: ${(100 * rest).toFixed(1)} %`);
+}
+
+function addLine(parent, opacity, words) {
+  const line = make("div", { opacity, whiteSpace: "nowrap", overflow: "hidden", textOverflow: "ellipsis" }, parent);
+  line.textContent = words;
+  return line;
 }
 
 function addRow(parent, { number, weight, colour, look, mean }, largest) {
-  const row = make("div", { display: "flex", alignItems: "center", gap: "6px", height: "19px" }, parent);
+  const row = make("div", { display: "flex", alignItems: "center", gap: "6px", height: `${ROW}px` }, parent);
   row.title = `mean of x_0: ${mean}`;
   make("span", { width: "16px", textAlign: "right", opacity: 0.65 }, row).textContent = number;
   make("span", { width: "5px", height: "14px", background: colour }, row);
