@@ -143,7 +143,7 @@ def save_animation(pictures: Sequence, path, milliseconds: int = 700) -> None:
     if path.suffix.lower() == ".gif":
         map_colours = to_uint8(heat(torch.linspace(0, 1, 64)[None], 0, 1)[None])[0, 0].flatten().tolist()
         exact = [channel for colour in (PAPER, TEXT, FAINT, *CHECKS, *PALETTE) for channel in colour] + map_colours
-        adaptive = stacked(frames).quantize(256 - len(exact) // 3, method=Image.Quantize.MEDIANCUT).getpalette()
+        adaptive = stacked(frames).quantize(256 - len(exact) // 3, method=Image.Quantize.MAXCOVERAGE, kmeans=4).getpalette()
         palette = Image.new("P", (1, 1))
         palette.putpalette((exact + adaptive)[: 3 * 256])
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
