@@ -156,6 +156,12 @@ def test_what_cannot_be_shared_out_is_refused(setting):
         replace(TINY, parallel="fsdp", **setting)
 
 
+def test_weights_are_not_shared_out_by_a_pytorch_that_adds_gradients_up(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.8.1+cu128")
+    with pytest.raises(ValueError, match=r"parallel=fsdp needs PyTorch 2.9 or later, this is 2.8.1\+cu128: update it, or --set parallel=ddp"):
+        Team(CPU).share_out(build(TINY, CPU))
+
+
 def test_a_team_saves_and_stops_together(tmp_path):
     team = start_team(tmp_path / "run", SMALL | {"steps": 100_000, "save_every": 100_000, "sample_every": 100_000})
     log = tmp_path / "run" / LOG

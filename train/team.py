@@ -62,7 +62,10 @@ class Team:
 
         A block is gathered when it is needed and given up again, and the backward pass averages gradients. Autocast
         casts what was gathered, so that all else is computed as without: FSDP's own mixed precision would round sigma.
+        ValueError before PyTorch 2.9, which adds gradients up where the backend is gloo.
         """
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+            raise ValueError(f"parallel=fsdp needs PyTorch 2.9 or later, this is {torch.__version__}: update it, or --set parallel=ddp")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
