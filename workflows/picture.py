@@ -92,7 +92,7 @@ def main() -> int:
             print(f"error: {name}: {error}", file=sys.stderr)
             return error.code
         path = HERE / f"{name}.jpg"
-        picture.save(path, quality=85, optimize=True)
+        picture.save(path, quality=80, optimize=True)
         print(f"{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
     return 0
 
