@@ -163,19 +163,20 @@ def share_chart(title: str, sigmas: Sequence[float], shares: Sequence[Sequence[f
         _band(axes, sigmas, low, high, colour)
         i = max(range(len(sigmas)), key=lambda i: high[i] - low[i])             # where there is most room
         (px, bottom), (_, top) = axes.at(sigmas[i], low[i]), axes.at(sigmas[i], high[i])
-        px += 0 if last == 0 else 24 if i == 0 else -24 if i == last else 0
         if bottom - top > 26:
             text = f"{k + 1}" if k < most else "others"
             ink = (255, 255, 255) if sum(colour) < 330 else TEXT
-            axes.pen.text((_inside(axes, px, 12 + text_width(text, 26) // 2), (bottom + top) / 2), text, ink, font(26), anchor="mm")
+            half, ends = 12 + text_width(text, 26) / 2, [axes.at(s, 0)[0] for s in (sigmas[0], sigmas[-1])]
+            px = min(max(px, ends[0] + half), ends[1] - half) if last else _inside(axes, px)  # within its area
+            axes.pen.text((px, (bottom + top) / 2), text, ink, font(26), anchor="mm")
     if now is not None:
         axes.mark(now)
     return axes.picture()
 
 
-def _inside(axes: Axes, px: float, half: float = 24) -> float:
-    """Not too near the chart's sides: where a bar or a number of that half width has room."""
-    return min(max(px, axes.box[0] + half), axes.box[2] - half)
+def _inside(axes: Axes, px: float) -> float:
+    """Not too near the chart's sides: where a bar or a point has room."""
+    return min(max(px, axes.box[0] + 24), axes.box[2] - 24)
 
 
 def _band(axes: Axes, sigmas: Sequence[float], low: Sequence[float], high: Sequence[float], colour) -> None:

@@ -92,7 +92,7 @@ def test_a_checkpoint_of_the_plane(host, digits):
 def test_a_missing_file(host, digits):
     g = digits(batch=1, model_name="gone.safetensors")
     message = refused(g, g.empty)
-    assert "gone.safetensors" in message and ("not in list" in message or "not found" in message)
+    assert "gone.safetensors" in message and ("not in list" in message or "model_name: there is no 'gone.safetensors' in " in message)
     shutil.copy(BUNDLED, host.models / "gone.safetensors")
     g.latents(g.empty)
     (host.models / "gone.safetensors").unlink()
