@@ -59,6 +59,20 @@ def test_configurations_are_the_papers(quick):
         assert c.model.num_layers == 5 and c.transition_ratio == 0.9 and c.transition_weight == 1
         assert (c.loss, c.model.constant_logstd) == (("l2", 0.0) if name == "vanilla" else ("transition", None))
     assert len({(c.steps, c.batch_size, c.lr) for c in all_four.values()}) == 1
+    longer = configs(quick, 30_000)
+    assert {name: replace(c, steps=all_four[name].steps) for name, c in longer.items()} == all_four and longer["k8"].steps == 30_000
+
+
+def test_the_command_trains_as_long_as_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(reproduce, "run", lambda trainings, out, points, device: asked.append((trainings["k1"].steps, str(out))) or {"rows": [], "true_samples": dict.fromkeys(reproduce.FIGURES, 0.0)})
+    for arguments in (["--quick"], ["--quick", "--steps", "7"], ["--steps", "9"]):
+        assert reproduce.main(["checkerboard", "--device", "cpu", *arguments]) == 0
+    assert asked == [(2500, "runs/reproduce-checkerboard-quick"), (7, "runs/reproduce-checkerboard-quick-7"), (9, "runs/reproduce-checkerboard-9")]
+    with pytest.raises(SystemExit):
+        reproduce.main(["checkerboard", "--steps", "0"])
+    assert "--steps must be >= 1, got 0" in capsys.readouterr().err
 
 
 def test_rows_without_diffusers_keep_euler():
@@ -207,10 +221,10 @@ def test_without_diffusers_the_run_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_another_configuration_in_the_folder_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "configs", lambda quick: tiny())
+    monkeypatch.setattr(reproduce, "configs", lambda quick, steps: tiny())
     monkeypatch.setattr(reproduce, "STEPS", (1,))
     assert reproduce.main(["checkerboard", "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    monkeypatch.setattr(reproduce, "configs", lambda quick: {k: replace(c, lr=1e-5) for k, c in tiny().items()})
+    monkeypatch.setattr(reproduce, "configs", lambda quick, steps: {k: replace(c, lr=1e-5) for k, c in tiny().items()})
     assert reproduce.main(["checkerboard", "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 2
     assert "another configuration" in capsys.readouterr().err
 

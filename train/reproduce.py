@@ -56,11 +56,12 @@ class Row:
 
 # ---- training ----------------------------------------------------------------------------------
 
-def configs(quick: bool) -> dict[str, TrainConfig]:
-    """The four trainings. ``quick``: fewer and smaller steps at a higher learning rate that falls to zero."""
+def configs(quick: bool, steps: int | None = None) -> dict[str, TrainConfig]:
+    """The four trainings. ``quick``: fewer and smaller steps at a higher learning rate that falls to zero. ``steps`` of each, if given."""
     base = replace(PRESETS["checkerboard"], save_every=250)
     if quick:
         base = replace(base, steps=2500, batch_size=512, lr=1e-3, lr_decay="cosine", ema_decay=0.99)
+    base = replace(base, steps=steps or base.steps)
     gm = {f"k{k}": replace(base, model=replace(base.model, num_gaussians=k)) for k in (64, 8, 1)}
     return gm | {"vanilla": replace(base, loss="l2", model=replace(base.model, num_gaussians=1, constant_logstd=0.0))}
 
@@ -220,13 +221,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=["checkerboard"], help="what to reproduce")
     parser.add_argument("--quick", action="store_true", help="train for minutes instead of hours")
-    parser.add_argument("--out", type=Path, help="folder (default runs/reproduce-checkerboard[-quick])")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of each training instead of 20,000 (2,500 with --quick)")
+    parser.add_argument("--out", type=Path, help="folder (default runs/reproduce-checkerboard[-quick][-N])")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
     args = parser.parse_args(arguments)
-    out = args.out or Path("runs") / ("reproduce-checkerboard" + "-quick" * args.quick)
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be >= 1, got {args.steps}")
+    name = "reproduce-checkerboard" + "-quick" * args.quick + (f"-{args.steps}" if args.steps else "")
+    out = args.out or Path("runs") / name
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        result = run(configs(args.quick), out, QUICK_POINTS if args.quick else POINTS, device)
+        result = run(configs(args.quick, args.steps), out, QUICK_POINTS if args.quick else POINTS, device)
     except KeyboardInterrupt:
         print("\nstopped; run the same command to go on from the last save", file=sys.stderr)
         return 130
