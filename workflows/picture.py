@@ -2,14 +2,16 @@
 
     python -m workflows.picture --server URL quickstart guidance_sweep
 
-Needs Pillow. A row is what one node saves; previews count only where they are all that there is, and an
-inspector's panels stand two in a row.
+Needs Pillow. A block is what one node saves; previews count only where they are all that there is, and an
+inspector's panels stand two in a row. The page shows pictures in squares, so blocks are wrapped to be nearly one.
+A workflow whose model is a download gets a card of words.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 import urllib.parse
 from pathlib import Path
@@ -19,7 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 from .run import RunError, Server, failure, load
 
 HERE = Path(__file__).resolve().parent
-WIDTH, GAP, CAPTION, PAPER, INK = 840, 6, 26, (24, 24, 27), (212, 212, 216)
+WIDTH, GAP, CAPTION, PAPER, INK, FAINT = 840, 6, 34, (24, 24, 27), (212, 212, 216), (140, 140, 148)
+CARDS = {
+    "imagenet_gmdit": ("ImageNet", "256 x 256, 1000 classes", "the published GM-DiT-XL/2, K = 8", "its files are a download: see the note inside"),
+}
 
 
 def outputs(server: Server, workflow: dict) -> list[tuple[str, list[Image.Image]]]:
@@ -54,23 +59,41 @@ def compose(found: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     panels = [(title, images[0]) for title, images in found if images[0].width > 256]
     if panels:
         cell = (WIDTH - GAP) // 2
-        blocks = [captioned(title, tiled([image], 1, cell)) for title, image in panels]
-        return padded(tiled(blocks, 2, WIDTH))
+        drawn = [captioned(title, tiled([image], 1, cell)) for title, image in panels]
+        return padded(tiled(drawn, 2, WIDTH))
     if len(found) == 1:
         return padded(tiled(found[0][1], 5, WIDTH))
-    rows = [captioned(title, tiled(images, len(images), WIDTH if len(images) > 5 else WIDTH * 3 // 5)) for title, images in found]
+    return padded(min((blocks(found, lines) for lines in (1, 2)), key=lambda sheet: abs(math.log(sheet.width / sheet.height))))
+
+
+def blocks(found: list[tuple[str, list[Image.Image]]], lines: int) -> Image.Image:
+    """Every node's images with its title, in so many lines where they are more than five."""
+    rows = []
+    for title, images in found:
+        many = len(images) > 5
+        rows.append(captioned(title, tiled(images, -(-len(images) // (lines if many else 1)), WIDTH if many else WIDTH * 3 // 5)))
     width = max(row.width for row in rows)
     sheet, y = Image.new("RGB", (width, sum(row.height + 2 * GAP for row in rows) - 2 * GAP), PAPER), 0
     for row in rows:
         sheet.paste(row, (0, y))
         y += row.height + 2 * GAP
-    return padded(sheet)
+    return sheet
+
+
+def card(head: str, *lines: str) -> Image.Image:
+    """Words in a square."""
+    sheet = Image.new("RGB", (880, 880), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((440, 360), head, INK, ImageFont.load_default(120), anchor="mm")
+    for i, line in enumerate(lines):
+        pen.text((440, 480 + 56 * i), line, FAINT, ImageFont.load_default(38), anchor="mm")
+    return sheet
 
 
 def captioned(title: str, image: Image.Image) -> Image.Image:
     sheet = Image.new("RGB", (image.width, image.height + CAPTION), PAPER)
     sheet.paste(image, (0, CAPTION))
-    ImageDraw.Draw(sheet).text((0, 4), title, INK, ImageFont.load_default(15))
+    ImageDraw.Draw(sheet).text((0, 4), title, INK, ImageFont.load_default(22))
     return sheet
 
 
@@ -87,12 +110,13 @@ def main() -> int:
     arguments = parser.parse_args()
     for name in arguments.names:
         try:
-            picture = compose(outputs(Server(arguments.server), load(HERE / "api" / f"{name}.json")))
+            words = CARDS.get(name)
+            picture = card(*words) if words else compose(outputs(Server(arguments.server), load(HERE / "api" / f"{name}.json")))
         except RunError as error:
             print(f"error: {name}: {error}", file=sys.stderr)
             return error.code
         path = HERE / f"{name}.jpg"
-        picture.save(path, quality=80, optimize=True)
+        picture.save(path, quality=76, optimize=True)
         print(f"{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
     return 0
 
