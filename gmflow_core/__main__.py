@@ -175,21 +175,19 @@ def run_inspect(args) -> None:
 
 
 def check_inspection(args, kind: str, images: int, size: int) -> None:
-    """UsageError for what could not be drawn, before anything is sampled."""
+    """UsageError or ValueError for what could not be drawn, before anything is sampled."""
     from .panels import VIEWS
     from .scene import ORDERS
+    from .trace import check_pixel, check_place
 
     if kind not in (".png", ".jpg", ".gif", ".webp", ".json", ".safetensors"):
         raise UsageError(f"--out {args.out}: must end in .png, .jpg, .gif, .webp, .json or .safetensors")
     for option, value, known in (("--view", args.view, VIEWS), ("--arrange", args.arrange, ORDERS)):
         if value not in known:
             raise UsageError(f"{option} {value}: must be one of {', '.join(known)}")
-    if not -args.steps <= args.step < args.steps:
-        raise UsageError(f"--step {args.step}: there are steps 0 to {args.steps - 1} (-1 is the last)")
-    if args.image >= images:
-        raise UsageError(f"--image {args.image}: there are images 0 to {images - 1}, one a label")
-    if args.pixel and max(args.pixel) >= size:
-        raise UsageError(f"--pixel {args.pixel[0]} {args.pixel[1]}: x and y run from 0 to {size - 1}")
+    check_place(args.step, args.image, args.steps, images)
+    if args.pixel:
+        check_pixel(args.pixel, size, size)
 
 
 def run_info(args) -> None:

@@ -64,6 +64,11 @@ def spread(mixture: GaussianMixture) -> Spread:
     return Spread(within.sqrt(), (total - within).clamp(min=0).sqrt(), total.sqrt())
 
 
+def mean_shift(mixture: GaussianMixture, other: GaussianMixture) -> Tensor:
+    """How far apart two means are at a pixel, root mean square over channels: (B,*S)."""
+    return (mixture.mean() - other.mean()).square().mean(1).sqrt()
+
+
 def tilt_divergence(mixture: GaussianMixture, factor: GaussianFactor) -> Tensor:
     r"""KL(p tilted || p) of a mixture p and a tilt f(x) = exp(h.x - lambda |x|^2/2), in nats, exactly: (B,*S).
 
@@ -188,7 +193,7 @@ def _match(means: Tensor, targets: Tensor) -> Tensor:
 
 def _merge(means: Tensor, weights: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Merge a pixel's components (S,K,C), (S,K) by nearest centre (N,C): means (S,N,C), weights (S,N)."""
-    label = nearest(means, centres)                                            # (S,K)
+    label = nearest(means, centres)                                             # (S,K)
     share = torch.nn.functional.one_hot(label, len(centres)) * weights.unsqueeze(-1)
     total = share.sum(1)                                                        # (S,N)
     merged = (share.mT @ means) / total.unsqueeze(-1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .charts import Series, component_colours, line_chart, marginal_chart, scatter_chart, share_chart, weight_bars
-from .inspect import dominance, dominant_component, effective_components, mean_weights, nearest, spread, weight_entropy
+from .inspect import dominance, dominant_component, effective_components, mean_shift, mean_weights, nearest, spread, weight_entropy
 from .pictures import heat, sheet, to_uint8
 from .scene import Decode, Scene, look
 from .tiles import caption_width, captioned, legend, marked, see_through, stacked, tile
@@ -98,8 +98,7 @@ def _between(step: TraceStep) -> Tensor:
 
 
 def _shift(step: TraceStep) -> Tensor:
-    """Of the mean by guidance, root mean square over channels."""
-    return (step.guided.mean() - step.conditional.mean()).square().mean(1).sqrt()
+    return mean_shift(step.guided, step.conditional)
 
 
 def _components(scene: Scene):
@@ -122,7 +121,7 @@ def _winners(scene: Scene):
 
 
 def _entropy(scene: Scene):
-    whole, row = scene.step.corrected, [scene.tile(scene.mean), *scene.map(_bits, "bits", _top_bits(scene))]
+    whole, row = scene.step.corrected, [scene.tile(scene.mean), *scene.maps("bits", _bits, top=_top_bits(scene))]
     note = f"{weight_entropy(whole).mean():.2f} bits on average: {effective_components(whole).mean():.2f} effective components of {whole.components}"
     return sheet([row], [], ["mean", "entropy of the weights", ""], scene.title, note)
 
@@ -130,7 +129,7 @@ def _entropy(scene: Scene):
 def _spread(scene: Scene):
     parts = spread(scene.step.corrected)
     note = f"within {float(parts.within.mean()):.3g}, between {float(parts.between.mean()):.3g} on average, in units of x_0"
-    row = [scene.tile(scene.mean), *scene.maps([lambda step: spread(step.corrected).within, _between], "x_0")]
+    row = [scene.tile(scene.mean), *scene.maps("x_0", lambda step: spread(step.corrected).within, _between)]
     return sheet([row], [], ["mean", "std within components", "std between components", ""], scene.title, note)
 
 
@@ -143,7 +142,7 @@ def _guidance(scene: Scene):
     gain = 1 / max(float((after - before).abs().max()), 1e-6)
     cells = [
         scene.tile(before), scene.tile(after), scene.tile((after - before) * gain),
-        *scene.map(_shift, "x_0"), *scene.map(lambda step: step.divergence, "nats"),
+        *scene.maps("x_0", _shift), *scene.maps("nats", lambda step: step.divergence),
     ]
     titles = ["conditional mean", "guided mean", f"difference x {gain:.3g}", "rms shift of the mean", "", "KL(guided || conditional)", ""]
     note = f"rms shift {float(_shift(step).mean()):.3g} in units of x_0, KL {float(step.divergence.mean()):.3g} nats a pixel on average"
@@ -215,8 +214,8 @@ def _pixel(scene: Scene):
 
 def _sheet(scene: Scene):
     maps = [
-        scene.tile(scene.decode(scene.step.x)), scene.tile(scene.mean), *scene.map(_bits, "bits", _top_bits(scene)),
-        *scene.map(_between, "x_0"), *_winner_map(scene),
+        scene.tile(scene.decode(scene.step.x)), scene.tile(scene.mean), *scene.maps("bits", _bits, top=_top_bits(scene)),
+        *scene.maps("x_0", _between), *_winner_map(scene),
     ]
     titles = ["x_t", "mean", "entropy", "", "std between components", "", _winner_title(scene), ""]
     count, name = scene.mixture.components, NAMES[scene.order].capitalize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,11 +90,7 @@ class Scene:
     def bar(self, top: float, unit: str, beyond: bool = False):
         return colour_bar(0, top, unit, self.size[1], beyond=beyond)
 
-    def map(self, values: Callable[[TraceStep], Tensor | None], unit: str, top: float | None = None) -> tuple:
-        """A tile of a step's ``values`` (1,H,W), from 0, and its colour bar: :meth:`maps` of one."""
-        return self.maps([values], unit, top)
-
-    def maps(self, values: Sequence[Callable[[TraceStep], Tensor | None]], unit: str, top: float | None = None) -> tuple:
+    def maps(self, unit: str, *values: Callable[[TraceStep], Tensor | None], top: float | None = None) -> tuple:
         """Tiles of a step's maps (1,H,W) on one scale, and their colour bar. The scale ends at ``top``, or as :meth:`scale` has it."""
         top, beyond = (top, False) if top is not None else self.scale(*values)
         return *(self.tile(heat(value(self.step), 0, top)) for value in values), self.bar(top, unit, beyond)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint import write_safetensors
 from .guidance import Guided
 from .inspect import (
-    align, dominance, follow, hypotheses, mean_weights, regions, spread, tilt_divergence, weight_entropy,
+    align, dominance, follow, hypotheses, mean_shift, mean_weights, regions, spread, tilt_divergence, weight_entropy,
 )
 from .mixture import GaussianFactor, GaussianMixture, TiltedMixture
 from .solver import StepInfo
@@ -102,15 +102,20 @@ def pick(trace: Trace, step: int, image: int) -> TraceStep:
     """One step of one image (a batch of one, float32); ValueError if there is none of that number."""
     if not trace.steps:
         raise ValueError("trace: it holds no steps")
-    steps, images = len(trace.steps), len(trace.steps[0].x)
-    if not -steps <= step < steps:
-        raise ValueError(f"step: got {step}; this trace has steps 0 to {steps - 1} (-1 is the last)")
-    if not 0 <= image < images:
-        raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}, the first of the batch")
+    steps = len(trace.steps)
+    check_place(step, image, steps, len(trace.steps[0].x))
     chosen = trace.steps[step]
     one = lambda t: t[image : image + 1].float()  # noqa: E731
     mixtures = {name: _sound(getattr(chosen, name).map(one), f"step {step % steps}, image {image}, {name}") for name in MIXTURES}
     return replace(chosen, x=one(chosen.x), divergence=None if chosen.divergence is None else one(chosen.divergence), **mixtures)
+
+
+def check_place(step: int, image: int, steps: int, images: int) -> None:
+    """ValueError for a step or an image that a trace of so many does not hold."""
+    if not -steps <= step < steps:
+        raise ValueError(f"step: got {step}; this trace has steps 0 to {steps - 1} (-1 is the last)")
+    if not 0 <= image < images:
+        raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}, the first of the batch")
 
 
 def _sound(mixture: GaussianMixture, where: str) -> GaussianMixture:
@@ -177,12 +182,17 @@ def first_regions(trace: Trace, image: int, count: int) -> Tensor:
 
 def at_pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> GaussianMixture:
     """The mixture (B,K,C,1,1) of one pixel (x, y); ValueError if there is none."""
-    (x, y), (height, width) = pixel, mixture.means.shape[-2:]
-    for axis, value, size in (("x", x, width), ("y", y, height)):
-        if not 0 <= value < size:
-            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
+    x, y = pixel
+    check_pixel(pixel, *mixture.means.shape[-2:])
     means, log_weights = (t[..., y : y + 1, x : x + 1] for t in (mixture.means, mixture.log_weights))
     return GaussianMixture(means, log_weights, mixture.log_std)
+
+
+def check_pixel(pixel: tuple[int, int], height: int, width: int) -> None:
+    """ValueError for a pixel (x, y) outside a latent of that size."""
+    for axis, value, size in zip("xy", pixel, (width, height)):
+        if not 0 <= value < size:
+            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
 
 
 def _pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> dict:
@@ -206,13 +216,13 @@ def step_statistics(chosen: TraceStep) -> dict:
     """The numbers of one picked step that need no alignment of its components."""
     mixture = chosen.corrected
     bits, parts = weight_entropy(mixture), spread(mixture)
-    shift = lambda a, b: _summary((a.mean() - b.mean()).square().mean(1).sqrt())  # noqa: E731
     return {
         "sigma": _number(chosen.sigma), "sigma_next": _number(chosen.sigma_next),
         "entropy_bits": _summary(bits), "effective_components": _summary(torch.exp2(bits)),
         "log_std": _number(float(mixture.log_std.flatten()[0])),
         "std_within": _number(float(parts.within.flatten()[0])), "std_between": _summary(parts.between),
-        "guidance_shift": shift(chosen.guided, chosen.conditional), "correction_shift": shift(mixture, chosen.guided),
+        "guidance_shift": _summary(mean_shift(chosen.guided, chosen.conditional)),
+        "correction_shift": _summary(mean_shift(mixture, chosen.guided)),
         "guidance_kl": None if chosen.divergence is None else _summary(chosen.divergence),
     }
 
@@ -223,4 +233,5 @@ def _summary(values: Tensor) -> dict:
 
 
 def _number(value: float) -> float:
-    return float(f"{value:.6g}")
+    """Six decimals, of small values six digits."""
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")

@@ -11,8 +11,8 @@ from ..gmflow_core import GMDiTConfig, SpectrumMLP
 from ..gmflow_core.checkpoint import LatentSpace
 
 LABELS = "gmflow_labels"     # in a conditioning's dict: int64 (N,)
-MOST_TIMES = 8               # a latent's longer side over the trained size
 CLASSES = "gmflow_classes"   # beside it: how many classes the model has that they are made for
+MOST_TIMES = 8               # a latent's longer side over the trained size
 
 
 @dataclass(frozen=True, eq=False)

@@ -179,10 +179,10 @@ def test_inspect_draws_moves_counts_and_saves(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--step", 2], "--step 2: there are steps 0 to 1 (-1 is the last)"), (["--image", 1], "--image 1: there are images 0 to 0"),
+    (["--step", 2], "step: got 2; this trace has steps 0 to 1 (-1 is the last)"), (["--image", 1], "image: got 1; this trace holds images 0 to 0"),
     (["--view", "aura"], "--view aura: must be one of components"), (["--arrange", "random"], "--arrange random: must be one of aligned, ranked, raw"),
-    (["--view", "pixel", "--pixel", 0, 8], "--pixel 0 8: x and y run from 0 to 7"),
-    (["--pixel", 8, 0, "--out", "y/a.json"], "--pixel 8 0: x and y run from 0 to 7"), (["--out", "x.bmp"], "--out x.bmp: must end in"),
+    (["--view", "pixel", "--pixel", 0, 8], "pixel_y: got 8; this latent is 8 x 8"),
+    (["--pixel", 8, 0, "--out", "y/a.json"], "pixel_x: got 8; this latent is 8 x 8"), (["--out", "x.bmp"], "--out x.bmp: must end in"),
 ])
 def test_inspect_refuses_in_one_line(checkpoint, tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
