@@ -4,7 +4,7 @@ from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_check
 from .denoiser import GMDenoiser
 from .guidance import Guided, guide_cfg, guide_probabilistic, probabilistic_guidance, unguided
 from .mixture import Gaussian, GaussianFactor, GaussianMixture
-from .model import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP
+from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP
 from .objective import mixture_nll, spectral_loss, transition_loss
 from .path import add_noise, reanchor, reverse_transition, velocity_to_posterior
 from .schedule import flow_sigmas

@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from .cli import SOLVERS, Parser, UsageError, number, sample
+from .cli import Parser, UsageError, number, sample_images
+from .sampler import SOLVERS, SamplerOptions
+from .solver import SecondOrder
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLED = MODELS / "gmdit_digits.safetensors"
@@ -92,11 +94,15 @@ def open_checkpoint(args):
         raise UsageError(f"--labels: {error}") from None
 
 
-def sampling_settings(args) -> dict:
-    return dict(
-        solver=args.solver, order=args.order, steps=args.steps, substeps=args.substeps, shift=args.shift,
-        guidance=args.guidance, orthogonal=args.orthogonal, spectral=not args.no_spectrum,
-        temperature=args.temperature, correction_steps=args.corrections, seed=args.seed,
+def sample_as_asked(args, checkpoint, labels, **rest):
+    """Images of a checkpoint with the arguments of :func:`add_sampling`."""
+    options = SamplerOptions(
+        args.solver, args.order, args.substeps or 0, not args.no_spectrum,
+        SecondOrder(correction_steps=args.corrections), args.temperature, args.shift,
+    )
+    return sample_images(
+        checkpoint, labels, options, steps=args.steps, guidance=args.guidance, orthogonal=args.orthogonal,
+        seed=args.seed, **rest,
     )
 
 
@@ -116,9 +122,8 @@ def run_sample(args) -> None:
     batches = -(-total // args.batch_size)
     start = time.perf_counter()
     with tqdm(total=batches * args.steps, unit="step", desc=args.solver) as bar:
-        images = sample(
-            checkpoint, labels, count=args.count, batch_size=args.batch_size, **sampling_settings(args),
-            callback=lambda step: bar.update(),
+        images = sample_as_asked(
+            args, checkpoint, labels, count=args.count, batch_size=args.batch_size, callback=lambda step: bar.update()
         )
     seconds = time.perf_counter() - start
     if images.ndim == 2:
@@ -141,9 +146,10 @@ def run_sample(args) -> None:
 def run_inspect(args) -> None:
     import json
 
-    from .panels import draw
-    from .tiles import save_animation
-    from .trace import Recorder, save_trace, statistics
+    from .inspection.statistics import statistics
+    from .inspection.tiles import save_animation
+    from .inspection.trace import Recorder, save_trace
+    from .inspection.views import draw
 
     checkpoint, labels = open_checkpoint(args)
     if labels is None or getattr(checkpoint.config, "sample_size", None) is None:
@@ -151,7 +157,7 @@ def run_inspect(args) -> None:
     kind = args.out.suffix.lower()
     check_inspection(args, kind, len(labels), checkpoint.config.sample_size)
     recorder = Recorder(images=len(labels))
-    sample(checkpoint, labels, batch_size=len(labels), callback=recorder, **sampling_settings(args))
+    sample_as_asked(args, checkpoint, labels, batch_size=len(labels), callback=recorder)
     trace = recorder.trace()
     pixel = args.pixel and tuple(args.pixel)
     moving = kind in (".gif", ".webp")
@@ -176,9 +182,10 @@ def run_inspect(args) -> None:
 
 def check_inspection(args, kind: str, images: int, size: int) -> None:
     """UsageError or ValueError for what could not be drawn, before anything is sampled."""
-    from .panels import VIEWS
-    from .scene import ORDERS
-    from .trace import check_pixel, check_place
+    from .inspection.scene import ORDERS
+    from .inspection.statistics import check_pixel
+    from .inspection.trace import check_place
+    from .inspection.views import VIEWS
 
     if kind not in (".png", ".jpg", ".gif", ".webp", ".json", ".safetensors"):
         raise UsageError(f"--out {args.out}: must end in .png, .jpg, .gif, .webp, .json or .safetensors")

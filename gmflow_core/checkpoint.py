@@ -3,7 +3,7 @@ r"""Checkpoints: one ``.safetensors`` that says everything a loader needs.
 The model's parameters lie under their own names, which are those of diffusers' DiT; the spectrum
 network's under ``spectrum.``. The metadata's key ``gmflow`` holds JSON: ``format`` (a version),
 ``architecture``, ``model`` and ``spectrum`` (configs), ``latent_space``, ``class_names``, ``training``.
-Files of GMFlow's authors are read too (:mod:`.convert`). Every fault raises CheckpointError, and
+Files of GMFlow's authors are read too (:mod:`.foreign`). Every fault raises CheckpointError, and
 before any network is built.
 """
 
@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .convert import (
-    LatentSpace, RawCheckpoint, make_config, read_diffusers_file, read_folder, read_training, strip_prefix,
-)
-from .files import CheckpointError, State, is_pickle, is_safetensors, one_line, read_safetensors
-from .model import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP
+from .files import CheckpointError, State, is_pickle, is_safetensors, one_line, read_safetensors, write_safetensors
+from .foreign import RawCheckpoint, make_config, read_diffusers_file, read_folder, read_training, strip_prefix
+from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig, SpectrumMLP
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "LatentSpace", "RawCheckpoint", "build_network", "check_finite", "check_keys", "convert",
-    "expected_shapes", "format_info", "identify", "load_checkpoint", "read_state", "save_checkpoint", "write_safetensors",
+    "Checkpoint", "CheckpointError", "RawCheckpoint", "build_network", "check_finite", "check_keys", "convert",
+    "expected_shapes", "format_info", "identify", "load_checkpoint", "read_state", "save_checkpoint",
 ]
 
 FORMAT = 1
@@ -169,22 +164,6 @@ def write(path, raw: RawCheckpoint, dtype: torch.dtype | None = None) -> None:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the training summary is not plain JSON: {one_line(error)}") from error
     write_safetensors(path, state, {"format": "pt", "gmflow": text})
-
-
-def write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
-    """Write beside ``path`` and rename: a crash leaves the old file, and a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(state, temporary, metadata)
-        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- reading -----------------------------------------------------------------------------------

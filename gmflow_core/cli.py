@@ -1,4 +1,4 @@
-"""Shared pieces of the command line: arguments with clear errors, drawing loops."""
+"""Shared pieces of the command line: arguments with clear errors, images of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .denoiser import GMDenoiser
+from .guidance import PUBLISHED_SCALE
 from .noise import ImageNoise
-from .schedule import default_substeps, flow_sigmas
-from .solver import SecondOrder, sample_gm_ode, sample_gm_sde
-
-SOLVERS = ("gm-ode", "gm-sde")
+from .sampler import SamplerOptions, sample
+from .schedule import flow_sigmas
 
 
 class UsageError(Exception):
@@ -45,21 +44,15 @@ def number(kind, low, high=None, *, high_open: bool = False):
 
 
 @torch.no_grad()
-def sample(
+def sample_images(
     checkpoint: Checkpoint,
     labels: list[int] | None,
+    options: SamplerOptions = SamplerOptions(),
     *,
     count: int | None = None,
-    solver: str = "gm-ode",
-    order: int = 2,
     steps: int = 8,
-    substeps: int | None = None,
-    shift: float = 1.0,
-    guidance: float = 0.45,
+    guidance: float = PUBLISHED_SCALE,
     orthogonal: float = 1.0,
-    spectral: bool = True,
-    temperature: float = 1.0,
-    correction_steps: int = 0,
     seed: int = 0,
     batch_size: int = 64,
     callback=None,
@@ -67,20 +60,15 @@ def sample(
     """Images (or points) (N,C,*S), one per label. ``callback(StepInfo)`` runs at every network step."""
     total = len(labels) if labels is not None else count
     device = next(checkpoint.model.parameters()).device
-    parts = []
+    sigmas, parts = flow_sigmas(steps, options.shift), []
     for start in range(0, total, batch_size):
         indices = range(start, min(start + batch_size, total))
         noise = ImageNoise(seed, indices, sample_shape(checkpoint), device)
         chosen = None if labels is None else torch.tensor([labels[i] for i in indices], device=device)
         denoiser = GMDenoiser(checkpoint.model, chosen, guidance if labels is not None else 0.0, orthogonal)
-        second_order = SecondOrder(correction_steps=correction_steps)
-        common = dict(order=order, second_order=second_order, temperature=temperature, callback=callback)
-        sigmas, x = flow_sigmas(steps, shift), noise()
-        if solver == "gm-ode":
-            x = sample_gm_ode(denoiser, x, sigmas, substeps=substeps or default_substeps(steps), shift=shift, **common)
-        else:
-            spectrum = checkpoint.spectrum if spectral else None
-            x = sample_gm_sde(denoiser, x, sigmas, spectrum=spectrum, noise_sampler=noise, **common)
+        x = sample(
+            denoiser, noise(), sigmas, options, spectrum=checkpoint.spectrum, noise_sampler=noise, callback=callback
+        )
         parts.append(x.cpu())
     return torch.cat(parts)
 

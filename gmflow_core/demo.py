@@ -6,14 +6,14 @@ import math
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
-from .cli import sample
-from .inspect import effective_components, hypotheses, mean_weights, weight_entropy
+from .cli import sample_images
+from .inspection.beliefs import effective_components, hypotheses, mean_weights, weight_entropy
 from .mixture import GaussianMixture
 from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet
+from .sampler import SOLVERS, SamplerOptions
 from .solver import StepInfo
 
 STEPS = (1, 2, 4, 8)
@@ -45,16 +45,19 @@ def draw_solvers(checkpoint: Checkpoint, seed: int):
     labels = list(range(10))
     cells = []
     for steps in STEPS:
-        row = [sample(checkpoint, labels, solver=solver, steps=steps, guidance=0.3, seed=seed) for solver in ("gm-ode", "gm-sde")]
+        row = [
+            sample_images(checkpoint, labels, SamplerOptions(solver), steps=steps, guidance=0.3, seed=seed)
+            for solver in SOLVERS
+        ]
         cells.append([image_grid(images, 10, scale=3) for images in row])
     titles = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
-    return sheet(cells, titles, ["GM-ODE 2", "GM-SDE 2"], "Digits in a few network steps", "probabilistic guidance 0.3, same noise in every row")
+    return sheet(cells, titles, [SamplerOptions(solver).title for solver in SOLVERS], "Digits in a few network steps", "probabilistic guidance 0.3, same noise in every row")
 
 
 def draw_guidance(checkpoint: Checkpoint, seed: int):
     """Probabilistic guidance at three scales, from the same noise."""
     labels = [digit for digit in range(10) for _ in range(3)]
-    rows = [sample(checkpoint, labels, steps=8, guidance=w, seed=seed) for w in GUIDANCE]
+    rows = [sample_images(checkpoint, labels, steps=8, guidance=w, seed=seed) for w in GUIDANCE]
     cells = [[image_grid(_by_column(images, 3), 10, scale=3)] for images in rows]
     titles = [f"guidance {w:g}" for w in GUIDANCE]
     return sheet(cells, titles, [], "Probabilistic guidance", "GM-ODE 2, 8 steps, three samples of each digit, same noise in every block")
@@ -68,7 +71,7 @@ def _by_column(images: Tensor, rows: int) -> Tensor:
 def draw_beliefs(checkpoint: Checkpoint, seed: int):
     """The mixture of the first steps of one image: x_t, its mean, its hypotheses, its entropy."""
     steps: list[StepInfo] = []
-    sample(checkpoint, [SUBJECT], steps=8, guidance=0.3, seed=seed, callback=steps.append)
+    sample_images(checkpoint, [SUBJECT], steps=8, guidance=0.3, seed=seed, callback=steps.append)
     bits = math.log2(checkpoint.config.num_gaussians)
     cells, titles = [], []
     for step in steps[:6]:

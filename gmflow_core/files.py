@@ -1,4 +1,4 @@
-r"""Reading files that may be anything: safetensors, JSON, and PyTorch files with ``weights_only=True``.
+r"""Reading files that may be anything: safetensors, JSON, and PyTorch files with ``weights_only=True``; writing them whole.
 
 No code from a file is ever run. Reading maps files into memory; a tensor is read from disk when used.
 """
@@ -6,12 +6,16 @@ No code from a file is ever run. Reading maps files into memory; a tensor is rea
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
@@ -123,3 +127,45 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
     return value
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """``write`` a new file beside ``path`` and rename it: readers see the old file or the whole new one, a crash leaves the old.
+
+    OSError that names the file if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        write(temporary)
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise not_written(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_remains(path: Path) -> None:
+    """Delete what killed writers of ``path`` left beside it; only where nobody else may be writing it now."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def not_written(path: Path, error: Exception) -> OSError:
+    """The OSError behind what torch and safetensors make of a full disk, with the file's name."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return OSError(f"{path} could not be written ({cause or error}); the previous file, if there was one, is kept")
+
+
+def write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
+    """Tensors and metadata as ``.safetensors``, by :func:`write_atomically`; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: save_file(state, temporary, metadata))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .mixture import Gaussian, GaussianFactor, GaussianMixture, space_axes
 
+PUBLISHED_SCALE = 0.45  # of probabilistic guidance, in the published examples
+
 
 @dataclass(frozen=True, eq=False)
 class Guided:
@@ -112,7 +114,7 @@ def check_guidance(scale: float, orthogonal: float = 1.0) -> None:
     if not 0 <= scale < 1:
         raise ValueError(
             f"guidance must be in [0, 1), got {scale}: probabilistic guidance is not a CFG scale; "
-            "0.45 is the published default, 0.02 to 0.75 are good"
+            f"{PUBLISHED_SCALE} is the published default, 0.02 to 0.75 are good"
         )
     if not 0 <= orthogonal <= 1:
         raise ValueError(f"orthogonal must be in [0, 1], got {orthogonal}")

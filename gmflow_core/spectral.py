@@ -76,11 +76,10 @@ def gaussian_to_mixture(mixture: GaussianMixture, z: Tensor, axes: Tensor | None
     mu = _along_axes(offsets, axes / std.reshape(-1, 1, 1))                             # (C,K,N), in stds
     log_w = _per_pixel(mixture.log_weights)                                             # (K,N)
     x = []
-    for mu_j, z_j in zip(mu, _per_pixel(z)):
-        if x:
-            log_w = _given(log_w, x[-1] - mu_last)
+    for j, (mu_j, z_j) in enumerate(zip(mu, _per_pixel(z))):
+        if j:
+            log_w = _given(log_w, x[-1] - mu[j - 1])
         x.append(inverse_cdf(mu_j, log_w, z_j))
-        mu_last = mu_j
     x = _per_sample(torch.stack(x), z)
     return mixture.mean() + std * (axes @ x.reshape(*z.shape[:2], -1)).reshape(z.shape)
 

@@ -11,7 +11,12 @@ from .conditioning import GMFlowClassConditioning, GMFlowImageNetClass
 from .inspecting import GMFlowInspector
 from .loading import GMFlowEmptyLatent, GMFlowLoader
 from .sampling import (
-    GMFlowGuider, GMFlowKSampler, GMFlowSamplerCustom, GMFlowScheduler, SamplerGMFlowODE, SamplerGMFlowSDE,
+    GMFlowGuider,
+    GMFlowKSampler,
+    GMFlowSamplerCustom,
+    GMFlowScheduler,
+    SamplerGMFlowODE,
+    SamplerGMFlowSDE,
 )
 
 NODES: list[type[io.ComfyNode]] = [

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..gmflow_core.labels import LabelError, parse_labels
 from . import host
-from .describe import make_conditioning, null_conditioning
+from .model_info import make_conditioning, null_conditioning
 from .schema import schema
 
 IMAGENET = tuple((Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())

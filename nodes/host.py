@@ -24,16 +24,20 @@ import comfy.supported_models_base
 import comfy.utils
 import folder_paths
 import latent_preview
-import nodes as core
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
+import nodes as core
+
 from ..gmflow_core import GMDiT, GMDiTConfig
-from ..gmflow_core.checkpoint import LatentSpace, build_network, read_state
+from ..gmflow_core.checkpoint import build_network, read_state
 from ..gmflow_core.files import CheckpointError
-from .describe import CLASSES, LABELS, ModelInfo, check_latent, check_vae, null_conditioning, read_labels
-from .mixing import Capture, Guidance, guided_by_mean, moved
-from .solving import CAPTURE, GMOptions, check_sigmas, gather, sample_gm, with_capture
+from ..gmflow_core.model import LatentSpace
+from ..gmflow_core.sampler import SamplerOptions
+from .capture import CAPTURE, Capture, gather, guided_by_mean, hand_over, moved, with_capture
+from .guidance import Guidance
+from .model_info import CLASSES, LABELS, ModelInfo, check_latent, check_vae, null_conditioning, read_labels
+from .solving import check_sigmas, sample_gm
 
 FOLDER = "diffusion_models"
 WEIGHT_DTYPES = {
@@ -71,14 +75,6 @@ class HostGMDiT(GMDiT):
         packed = super().forward(x, sigma, labels)
         hand_over(packed, transformer_options)
         return self.mixture(packed).mean()
-
-
-@torch.compiler.disable  # a compiled network would expect the capture of its first call
-def hand_over(packed, transformer_options: dict) -> None:
-    """A network's output to the capture, if somebody wants it."""
-    capture = transformer_options.get(CAPTURE)
-    if capture is not None:
-        capture.add(packed, transformer_options["uuids"])
 
 
 class GMFlowModel(comfy.model_base.BaseModel):
@@ -318,7 +314,7 @@ def shift_of(sampling) -> float:
 
 # ---- sampling ----------------------------------------------------------------------------------
 
-def make_sampler(options: GMOptions):
+def make_sampler(options: SamplerOptions):
     """A SAMPLER for every node that takes one."""
     return comfy.samplers.KSAMPLER(sample_gm, {"options": options})
 

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..gmflow_core.panels import VIEWS, paint
-from ..gmflow_core.pixels import MOST_BYTES, save_pixels
-from ..gmflow_core.scene import ORDERS, Scene, look
-from ..gmflow_core.trace import save_trace, statistics
+from ..gmflow_core.inspection.pixels import MOST_BYTES, save_pixels
+from ..gmflow_core.inspection.scene import ORDERS, Scene, look
+from ..gmflow_core.inspection.statistics import statistics
+from ..gmflow_core.inspection.trace import save_trace
+from ..gmflow_core.inspection.views import VIEWS, paint
 from . import host
 from .schema import GMTrace, advanced, schema
-from .tracing import TraceSource
+from .trace_source import TraceSource
 
 
 class GMFlowInspector(io.ComfyNode):

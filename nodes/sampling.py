@@ -5,11 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..gmflow_core import SecondOrder, flow_sigmas
+from ..gmflow_core.guidance import PUBLISHED_SCALE
+from ..gmflow_core.sampler import SOLVERS, SamplerOptions
 from . import host
-from .mixing import METHODS, Guidance
-from .solving import SOLVERS, GMOptions
+from .guidance import METHODS, Guidance
 from .schema import GMTrace, advanced, schema, seed
-from .tracing import TraceSource
+from .trace_source import TraceSource
 
 MODEL = "A model from GMFlow Loader."
 STEPS = "Network evaluations (twice as many with guidance). 4 to 8 are good, 1 works, 32 is plenty."
@@ -37,6 +38,14 @@ def second_order_inputs() -> list:
     ]
 
 
+def solver_named(title: str) -> str:
+    """The name of a solver that the page shows by its title; ValueError for any other text, which 0.3.64 passes on."""
+    names = {shown: name for name, shown in SOLVERS.items()}
+    if title not in names:
+        raise ValueError(f"solver must be one of {', '.join(names)}, got {title!r}")
+    return names[title]
+
+
 def order_input():
     return io.Int.Input("order", default=2, min=1, max=2, tooltip=ORDER)
 
@@ -54,7 +63,7 @@ def substeps_input():
 
 
 def guidance_input():
-    return io.Float.Input("guidance", default=0.45, min=0.0, max=0.99, step=0.01, round=False, tooltip=GUIDANCE)
+    return io.Float.Input("guidance", default=PUBLISHED_SCALE, min=0.0, max=0.99, step=0.01, round=False, tooltip=GUIDANCE)
 
 
 def orthogonal_input():
@@ -132,7 +141,10 @@ class SamplerGMFlowODE(io.ComfyNode):
 
     @classmethod
     def execute(cls, order, substeps, c_a, c_b, correction_steps, temperature, shift) -> io.NodeOutput:
-        options = GMOptions(SOLVERS[0], order, substeps, False, SecondOrder(c_a, c_b, correction_steps), temperature, shift)
+        options = SamplerOptions(
+            "gm-ode", order, substeps, second_order=SecondOrder(c_a, c_b, correction_steps), temperature=temperature,
+            shift=shift,
+        )
         return io.NodeOutput(host.make_sampler(options))
 
 
@@ -156,7 +168,10 @@ class SamplerGMFlowSDE(io.ComfyNode):
 
     @classmethod
     def execute(cls, order, spectral, c_a, c_b, correction_steps, temperature) -> io.NodeOutput:
-        options = GMOptions(SOLVERS[1], order, 0, spectral, SecondOrder(c_a, c_b, correction_steps), temperature)
+        options = SamplerOptions(
+            "gm-sde", order, spectral=spectral, second_order=SecondOrder(c_a, c_b, correction_steps),
+            temperature=temperature,
+        )
         return io.NodeOutput(host.make_sampler(options))
 
 
@@ -172,7 +187,7 @@ class GMFlowKSampler(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="An empty latent, or an image to change with denoise below 1. A noise mask is kept exactly."),
                 seed("Decides the initial noise, the same as the core KSampler's, and GM-SDE's step noise."),
                 io.Int.Input("steps", default=8, min=1, max=10_000, tooltip=STEPS),
-                io.Combo.Input("solver", options=list(SOLVERS), default=SOLVERS[0],
+                io.Combo.Input("solver", options=list(SOLVERS.values()), default=SOLVERS["gm-ode"],
                                tooltip="GM-ODE is deterministic, GM-SDE stochastic with spectral noise."),
                 guidance_input(),
                 substeps_input(),
@@ -194,7 +209,7 @@ class GMFlowKSampler(io.ComfyNode):
         host.require_gmflow(model)
         sigmas = flow_sigmas(steps, shift * host.model_shift(model), denoise)
         guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
-        sampler = host.make_sampler(GMOptions(solver, order, substeps, shift=shift))
+        sampler = host.make_sampler(SamplerOptions(solver_named(solver), order, substeps, shift=shift))
         noise = host.SeedNoise(seed)
         source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), model)
         latent, _ = source.sample(cls.hidden, slot=1)

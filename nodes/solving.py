@@ -6,40 +6,17 @@ Shapes: B batch, C channels, H W space.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..gmflow_core import (
-    GaussianMixture, Guided, Inpaint, SecondOrder, SpectrumMLP, sample_gm_ode, sample_gm_sde, velocity_to_posterior,
-)
-from ..gmflow_core.model import unpack_mixture
+from ..gmflow_core import Guided, Inpaint, SpectrumMLP
 from ..gmflow_core.noise import ImageNoise
-from ..gmflow_core.schedule import default_substeps
-from .describe import ModelInfo
-from .mixing import Capture, guided_by_mean, pool
-
-CAPTURE = "gmflow_capture"   # in transformer_options
-SOLVERS = ("GM-ODE", "GM-SDE")
-
-
-@dataclass(frozen=True)
-class GMOptions:
-    """A GM sampler's settings. ``substeps`` 0 is ceil(128 / steps); ``shift`` multiplies the model's own."""
-
-    solver: str = "GM-ODE"
-    order: int = 2
-    substeps: int = 0
-    spectral: bool = True
-    second_order: SecondOrder = SecondOrder()
-    temperature: float = 1.0
-    shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:  # 0.3.64 passes any text
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+from ..gmflow_core.sampler import SamplerOptions, sample
+from .capture import Capture, gather, guided_by_mean, with_capture
+from .model_info import ModelInfo
 
 
 def clean_sigmas(sigmas) -> torch.Tensor:
@@ -76,33 +53,9 @@ def check_sigmas(sigmas) -> int:
     return len(sigmas) - 1
 
 
-def with_capture(model_options: dict, capture: Capture) -> dict:
-    """A copy of the options in which the network hands its mixtures to ``capture``."""
-    return model_options | {"transformer_options": model_options.get("transformer_options", {}) | {CAPTURE: capture}}
-
-
-def gather(capture: Capture, conds: list[dict], info: ModelInfo, x, sigma: float, role: str):
-    """The x_0 posterior of one role's conditionings, several of them pooled by strength; ValueError if there is none."""
-    found = [cond for cond in conds if cond["uuid"] in capture.packed]
-    if not found:
-        raise ValueError(
-            f"{role}: the network was not asked for it at sigma {sigma:.3f}, and a GM sampler needs its mixture; a conditioning "
-            "without a range for this step, or a patch that skips the network (EasyCache), cannot be combined with it"
-        )
-    if any("area" in cond or "mask" in cond for cond in found):
-        raise ValueError(
-            f"{role}: GM samplers take conditionings of the whole image; remove the area or mask, "
-            "or use a core guider with a core sampler"
-        )
-    packed = [capture.packed[cond["uuid"]].to(x.device) for cond in found]
-    velocities = [unpack_mixture(output, info.config.num_gaussians) for output in packed]
-    posteriors = [velocity_to_posterior(velocity, x, sigma) for velocity in velocities]
-    return pool(posteriors, [cond.get("strength", 1.0) for cond in found])
-
-
 @torch.no_grad()
 def sample_gm(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: GMOptions, batch_index=None, recorder=None
+    model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions, batch_index=None, recorder=None
 ) -> Tensor:
     """GM-ODE or GM-SDE as ComfyUI calls a sampler: x (B,C,H,W) at sigmas[0] to x at sigmas[-1].
 
@@ -139,23 +92,23 @@ def sample_gm(
             state = {"i": info.index, "x": info.x, "denoised": info.denoised}
             callback(state | {"sigma": info.sigma, "sigma_hat": info.sigma})
 
-    common = dict(
-        order=options.order, second_order=options.second_order, temperature=options.temperature,
-        inpaint=make_inpaint(model, extra_args, sigmas), callback=report,
-    )
+    # Another stream than the initial noise, which comes from the seed itself.
+    noise = ImageNoise(seed + 1, range(len(x)) if batch_index is None else batch_index, tuple(x.shape[1:]), x.device)
+    spectrum = spectrum_for(options, info, x)
+    options = replace(options, shift=options.shift * network.time_shift())
     with bar:
-        if options.solver == SOLVERS[0]:
-            shift = options.shift * network.time_shift()
-            substeps = options.substeps or default_substeps(steps)
-            return sample_gm_ode(denoiser, x, grid, substeps=substeps, shift=shift, **common)
-        # Another stream than the initial noise, which comes from the seed itself.
-        indices = range(len(x)) if batch_index is None else batch_index
-        noise = ImageNoise(seed + 1, indices, tuple(x.shape[1:]), x.device)
-        spectrum = info.spectrum if options.spectral else None
-        if spectrum is not None:
-            check_spectrum(spectrum, x)
-            spectrum = copy.deepcopy(spectrum).to(x.device)
-        return sample_gm_sde(denoiser, x, grid, spectrum=spectrum, noise_sampler=noise, **common)
+        return sample(
+            denoiser, x, grid, options, spectrum=spectrum, noise_sampler=noise,
+            inpaint=make_inpaint(model, extra_args, sigmas), callback=report,
+        )
+
+
+def spectrum_for(options: SamplerOptions, info: ModelInfo, x) -> SpectrumMLP | None:
+    """The spectrum network that a sampler uses, on x's device; ValueError for a latent larger than it knows."""
+    if options.solver != "gm-sde" or not options.spectral or info.spectrum is None:
+        return None
+    check_spectrum(info.spectrum, x)
+    return copy.deepcopy(info.spectrum).to(x.device)
 
 
 def check_spectrum(spectrum: SpectrumMLP, x) -> None:

@@ -12,12 +12,12 @@ import torch
 from gmflow_core import GMDiTConfig, load_checkpoint
 from gmflow_core.__main__ import BUNDLED
 from train.config import PRESETS, TrainConfig
-from train.data import Digits
-from train.digits_metrics import digit_figures, train_svm
-from train.features import digits_features
-from train.image_metrics import frechet_distance, moments, quantise
-from train.reference import DigitImages, measure_reference
-from train.sampling import Setting, draw
+from train.data.digits import Digits
+from train.evaluate.digits_metrics import digit_figures, train_svm
+from train.evaluate.features import digits_features
+from train.evaluate.image_metrics import frechet_distance, moments, quantise
+from train.evaluate.reference import DigitImages, measure_reference
+from train.evaluate.settings import Setting, draw
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, checkpoint
+from gmflow_core import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP, files as files_module
 from gmflow_core.checkpoint import (
-    CheckpointError, LatentSpace, check_keys, convert, expected_shapes, format_info, identify, load_checkpoint,
-    read_state, save_checkpoint,
+    CheckpointError,
+    check_keys,
+    convert,
+    expected_shapes,
+    format_info,
+    identify,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
 )
+from gmflow_core.model import LatentSpace
 
 DATA = Path(__file__).parent / "data"
 SMALL = DATA / "ckpt_small"
@@ -169,7 +177,7 @@ def test_a_failed_write_leaves_the_old_file(saved, tiny, monkeypatch, step):
 
     before, files = saved.read_bytes(), sorted(os.listdir(saved.parent))
     module, _, name = step.rpartition(".")
-    monkeypatch.setattr(os if module else checkpoint, name, fail)
+    monkeypatch.setattr(os if module else files_module, name, fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(saved, tiny)
     monkeypatch.undo()

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, save_checkpoint
+from gmflow_core import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP, save_checkpoint
 from gmflow_core.__main__ import BUNDLED, main
-from gmflow_core.charts import PALETTE
+from gmflow_core.inspection.charts import PALETTE
 from gmflow_core.labels import LabelError, parse_labels
+from gmflow_core.model import LatentSpace
 from gmflow_core.noise import ImageNoise
-from gmflow_core.convert import LatentSpace
 
 
 @pytest.fixture(scope="module")

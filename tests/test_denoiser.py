@@ -2,12 +2,10 @@
 
 import pytest
 import torch
+from recorded import assert_same_mixture, small_network
 from torch import nn
 
-from gmflow_core import (
-    GMDenoiser, GMMLP, GMMLPConfig, guide_cfg, guide_probabilistic, velocity_to_posterior,
-)
-from recorded import assert_same_mixture, small_network
+from gmflow_core import GMMLP, GMDenoiser, GMMLPConfig, guide_cfg, guide_probabilistic, velocity_to_posterior
 
 NULL = 10
 

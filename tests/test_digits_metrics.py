@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from train.data import INKS, Digits
-from train.digits_metrics import digit_figures, grey8, hue_figures, hues, train_svm
+from train.data.digits import INKS, Digits
+from train.evaluate.digits_metrics import digit_figures, grey8, hue_figures, hues, train_svm
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,29 @@ import torch
 from packages import importable
 from PIL import Image
 
-from gmflow_core import GMDenoiser, GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP, flow_sigmas, load_checkpoint
-from gmflow_core import sample_gm_ode, sample_gm_sde, save_checkpoint
-from gmflow_core.checkpoint import LatentSpace
-from train import evaluate
-from train.baselines import has_diffusers
-from train.evaluate import RESULTS, main, neighbour_accuracy, parse, settings
-from train.evaluate_figures import curves, markdown
-from train.image_metrics import moments, quantise, saturation
-from train.reference import DigitImages, load_reference, measure_reference, real_images
-from train.sampling import SOLVERS, Setting, draw, solve
-from train.subject import likelihood, open_subject
+from gmflow_core import (
+    GMMLP,
+    GMDenoiser,
+    GMDiT,
+    GMDiTConfig,
+    GMMLPConfig,
+    SpectrumConfig,
+    SpectrumMLP,
+    flow_sigmas,
+    load_checkpoint,
+    sample_gm_ode,
+    sample_gm_sde,
+    save_checkpoint,
+)
+from gmflow_core.model import LatentSpace
+from train.evaluate import __main__ as evaluate
+from train.evaluate.__main__ import RESULTS, main, neighbour_accuracy, parse, settings
+from train.evaluate.baselines import has_diffusers
+from train.evaluate.figures import curves, markdown
+from train.evaluate.image_metrics import moments, quantise, saturation
+from train.evaluate.reference import DigitImages, load_reference, measure_reference, real_images
+from train.evaluate.settings import SOLVERS, Setting, draw, solve
+from train.evaluate.subject import likelihood, open_subject
 from train.vae import Decoder, load_vae
 
 CPU = torch.device("cpu")
@@ -47,8 +59,8 @@ def files(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """A feature network of two steps, few real images."""
-    monkeypatch.setattr("train.features.STEPS", 2)
-    monkeypatch.setattr("train.subject.NLL_SAMPLES", 4)
+    monkeypatch.setattr("train.evaluate.features.STEPS", 2)
+    monkeypatch.setattr("train.evaluate.subject.NLL_SAMPLES", 4)
 
 
 def run(*arguments) -> int:
@@ -173,7 +185,7 @@ def test_accuracy_of_nearest_neighbours():
 
 def test_likelihood_is_that_of_the_mixture(files, monkeypatch):
     """Recomputed with torch.distributions from the network's own output."""
-    monkeypatch.setattr("train.subject.NLL_SAMPLES", 3)
+    monkeypatch.setattr("train.evaluate.subject.NLL_SAMPLES", 3)
     subject = open_subject(files["gm"], None, CPU, "float32")
     images = DigitImages()
     found = likelihood(subject, images, batch=3)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from packages import importable
 
-from train.data import INKS, Digits
-from train.features import DigitsNet, digits_features, inception, train_digits_net
-from train.image_metrics import frechet_distance, moments, quantise
+from train.data.digits import INKS, Digits
+from train.evaluate.features import DigitsNet, digits_features, inception, train_digits_net
+from train.evaluate.image_metrics import frechet_distance, moments, quantise
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def test_the_recipe_reads_digits_it_never_saw(data, net):
 
 
 def test_the_recipe_repeats_itself_and_leaves_the_generator(data, monkeypatch):
-    monkeypatch.setattr("train.features.STEPS", 3)
+    monkeypatch.setattr("train.evaluate.features.STEPS", 3)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     one, two = train_digits_net(data), train_digits_net(data)
@@ -58,7 +58,7 @@ def test_features_see_what_is_wrong(data, net):
 
 
 def test_digits_features_are_of_pixels(data, monkeypatch):
-    monkeypatch.setattr("train.features.STEPS", 1)
+    monkeypatch.setattr("train.evaluate.features.STEPS", 1)
     found = digits_features(data)(inked(data, 1)[0][:1100])
     assert found.shape == (1100, 64) and found.isfinite().all() and isinstance(DigitsNet(), torch.nn.Module)
 

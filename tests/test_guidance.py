@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from oracle import log_density, random_mixture
+from recorded import assert_close, assert_same_mixture, load, mixture
 
 from gmflow_core import GaussianMixture, guide_cfg, guide_probabilistic, probabilistic_guidance, unguided
 from gmflow_core.guidance import biased_target, guidance_bias, moment_anchor, tilt_toward
-from oracle import log_density, random_mixture
-from recorded import assert_close, assert_same_mixture, load, mixture
 
 scales = pytest.mark.parametrize("scale", [0.02, 0.45, 0.95])
 orthogonals = pytest.mark.parametrize("orthogonal", [0.0, 0.5, 1.0])

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from train.image_metrics import covered, distances, frechet_distance, moments, neighbour_radius, overshoot, precision_recall, quantise, saturation
+from train.evaluate.image_metrics import (
+    covered,
+    distances,
+    frechet_distance,
+    moments,
+    neighbour_radius,
+    overshoot,
+    precision_recall,
+    quantise,
+    saturation,
+)
 
 
 def gaussian(rng, size, scale=1.0):

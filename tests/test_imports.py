@@ -15,7 +15,7 @@ NODES = sorted((ROOT / "nodes").rglob("*.py"))
 
 CORE_ALLOWED = {"torch", "safetensors"}
 # The command line draws pictures and progress bars.
-CORE_TOOLS = {"__main__.py", "charts.py", "demo.py", "panels.py", "pictures.py", "tiles.py"}
+CORE_TOOLS = {"__main__.py", "charts.py", "demo.py", "views.py", "pictures.py", "tiles.py"}
 TOOLS_ALLOWED = CORE_ALLOWED | {"numpy", "PIL", "tqdm"}
 HOSTS = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "execution", "server"}
 

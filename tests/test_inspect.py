@@ -6,8 +6,20 @@ import pytest
 import torch
 
 from gmflow_core import GaussianMixture
-from gmflow_core.inspect import (
-    _match, align, dominance, dominant_component, effective_components, follow, hypotheses, mean_weights, rank, regions, reorder, spread, weight_entropy,
+from gmflow_core.inspection.beliefs import (
+    _match,
+    align,
+    dominance,
+    dominant_component,
+    effective_components,
+    follow,
+    hypotheses,
+    mean_weights,
+    rank,
+    regions,
+    reorder,
+    spread,
+    weight_entropy,
 )
 
 

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from train.data import Checkerboard
-from train.metrics import cells, figures, histogram_kl, outside_share, sliced_wasserstein, spread, unevenness
+from train.data.checkerboard import Checkerboard
+from train.evaluate.checkerboard_metrics import (
+    cells,
+    figures,
+    histogram_kl,
+    outside_share,
+    sliced_wasserstein,
+    spread,
+    unevenness,
+)
 
 N = 20_000
 

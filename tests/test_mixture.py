@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from oracle import ExactPrior, as_distribution, log_density, projected_cdf, random_mixture
+from recorded import assert_close, assert_same_mixture, load, mixture
 from scipy.stats import kstest
 
 from gmflow_core import Gaussian, GaussianFactor, GaussianMixture, reanchor
-from oracle import ExactPrior, as_distribution, log_density, projected_cdf, random_mixture
-from recorded import assert_close, assert_same_mixture, load, mixture
 
 SPACES = [(), (5,), (3, 4), (2, 3, 2)]
 # (K, C) on both sides of 16, where sums over K change from a loop to one product.

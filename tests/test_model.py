@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from recorded import assert_close, assert_same_mixture, load, mixture, small_config, small_network
 from torch import nn
 
-from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP
+from gmflow_core import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP
 from gmflow_core.model import pack_mixture, unpack_mixture
 from gmflow_core.model.layers import sdpa, sincos_positions, timestep_features
-from recorded import assert_close, assert_same_mixture, load, mixture, small_config, small_network
 
 TIMES = ["t1000", "t731", "t250", "t1", "t0", "tmix"]
 TINY = GMDiTConfig(

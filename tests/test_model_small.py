@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded import assert_close, load, small_spectrum
 from torch import nn
 
-from gmflow_core import Gaussian, GMMLP, GMMLPConfig, SpectrumConfig, SpectrumMLP
+from gmflow_core import GMMLP, Gaussian, GMMLPConfig, SpectrumConfig, SpectrumMLP
 from gmflow_core.model.gmmlp import position_features
 from gmflow_core.model.layers import timestep_features
 from gmflow_core.model.spectrum import crop_spectrum, normalize_power
-from recorded import assert_close, load, small_spectrum
 
 # ---- SpectrumMLP -----------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ def mixture(pack, rng, k=4, b=2):
 
 def test_a_pool_has_the_mean_and_variance_of_the_sum(pack, rng):
     parts, strengths = [mixture(pack, rng), mixture(pack, rng, k=3)], [1.0, 0.5]
-    pooled = pack("nodes.mixing").pool(parts, strengths)
+    pooled = pack("nodes.capture").pool(parts, strengths)
     assert pooled.components == 7
     torch.testing.assert_close(pooled.weights.sum(1), torch.ones_like(pooled.weights.sum(1)))
     shares = [2 / 3, 1 / 3]
@@ -49,7 +49,7 @@ def test_a_pool_has_the_mean_and_variance_of_the_sum(pack, rng):
 
 
 def test_a_pool_of_one_is_itself_and_zero_strength_weighs_nothing(pack, rng):
-    pool, one, other = pack("nodes.mixing").pool, mixture(pack, rng), mixture(pack, rng)
+    pool, one, other = pack("nodes.capture").pool, mixture(pack, rng), mixture(pack, rng)
     assert pool([one], [0.3]) is one
     torch.testing.assert_close(pool([one, other], [1.0, 0.0]).mean(), one.mean())
     with pytest.raises(ValueError, match="strengths >= 0 that are not all 0"):
@@ -59,7 +59,7 @@ def test_a_pool_of_one_is_itself_and_zero_strength_weighs_nothing(pack, rng):
 
 
 def test_somebody_elses_guidance_moves_the_mixture_as_a_whole(pack, rng):
-    mixing, posterior = pack("nodes.mixing"), mixture(pack, rng)
+    mixing, posterior = pack("nodes.capture"), mixture(pack, rng)
     wanted = torch.randn(2, 3, 4, 4, generator=rng)
     guided = mixing.guided_by_mean(posterior, wanted)
     torch.testing.assert_close(guided.posterior.mean(), wanted)
@@ -69,7 +69,7 @@ def test_somebody_elses_guidance_moves_the_mixture_as_a_whole(pack, rng):
 
 
 def test_a_capture_keeps_chunks_by_conditioning(pack):
-    capture = pack("nodes.mixing").Capture()
+    capture = pack("nodes.capture").Capture()
     packed = torch.arange(24.0).reshape(6, 4)
     capture.add(packed, ["a", "b", "c"])
     assert torch.equal(capture.packed["b"], packed[2:4]) and list(capture.packed) == ["a", "b", "c"]
@@ -78,7 +78,7 @@ def test_a_capture_keeps_chunks_by_conditioning(pack):
 # ---- settings -----------------------------------------------------------------------------------
 
 def test_when_guidance_acts(pack):
-    Guidance = pack("nodes.mixing").Guidance
+    Guidance = pack("nodes.guidance").Guidance
     assert Guidance(0.3, interval=(0.8, 0.2)).acts_at(0.8) and Guidance(0.3, interval=(0.8, 0.2)).acts_at(0.2)
     assert not Guidance(0.3, interval=(0.8, 0.2)).acts_at(0.81) and not Guidance(0.3, interval=(0.8, 0.2)).acts_at(0.1)
     assert not Guidance(0.0).acts_at(0.5)
@@ -93,7 +93,7 @@ def test_when_guidance_acts(pack):
 ])
 def test_bad_guidance(pack, settings, message):
     with pytest.raises(ValueError, match=message):
-        pack("nodes.mixing").Guidance(**settings)
+        pack("nodes.guidance").Guidance(**settings)
 
 
 def test_sigmas_of_foreign_schedulers(pack):
@@ -134,12 +134,12 @@ def config(pack):
 
 def read(pack, conditioning, config, role="positive"):
     tensor, extra = conditioning[0]
-    describe = pack("nodes.describe")
+    describe = pack("nodes.model_info")
     return describe.read_labels(tensor, extra.get(describe.LABELS), extra.get(describe.CLASSES), config, role).tolist()
 
 
 def test_labels_survive_the_trip(pack, config):
-    describe = pack("nodes.describe")
+    describe = pack("nodes.model_info")
     three = describe.make_conditioning([3, 0, 9], 10)
     assert read(pack, three, config) == [3, 0, 9]
     assert read(pack, [[torch.zeros_like(three[0][0]), three[0][1]]], config) == [10]  # ConditioningZeroOut asks for nothing
@@ -148,7 +148,7 @@ def test_labels_survive_the_trip(pack, config):
 
 
 def test_labels_that_others_changed_are_refused(pack, config):
-    make = pack("nodes.describe").make_conditioning
+    make = pack("nodes.model_info").make_conditioning
     (one, extra), (two, _) = make([3], 10)[0], make([7], 10)[0]
     for tensor in ((one + two) / 2, torch.cat([one, two], dim=1)):
         with pytest.raises(ValueError, match="positive: classes can not be averaged or concatenated"):
@@ -160,7 +160,7 @@ def test_labels_that_others_changed_are_refused(pack, config):
 
 
 def test_latents_that_do_not_fit(pack, config):
-    describe, space = pack("nodes.describe"), pack("gmflow_core.checkpoint").LatentSpace("rgb")
+    describe, space = pack("nodes.model_info"), pack("gmflow_core.model").LatentSpace("rgb")
     info = describe.ModelInfo(config, None, space, None)
     describe.check_latent(info, torch.zeros(1, 3, 8, 12), torch.zeros(1, 3, 8, 12))
     for shape in ((1, 4, 8, 8), (1, 3, 9, 8), (1, 3, 1, 8, 8)):
@@ -176,14 +176,14 @@ def test_latents_that_do_not_fit(pack, config):
 # ---- traces -------------------------------------------------------------------------------------
 
 def test_a_link_is_found_in_a_prompt(pack):
-    connected = pack("nodes.tracing").is_connected
+    connected = pack("nodes.trace_source").is_connected
     prompt = {"7": {"inputs": {"a": ["4", 1], "b": 3, "c": [1, 2, 3]}}, "8": {"inputs": {"x": ["4:2", 0]}}, "9": {}}
     assert connected(prompt, "4", 1) and connected(prompt, 4, 1) and connected(prompt, "4:2", 0)
     assert not connected(prompt, "4", 0) and not connected(prompt, "7", 1) and not connected(None, "4", 1)
 
 
 def test_a_trace_is_recorded_if_asked_for_and_sampled_again_if_not(pack, rng):
-    tracing, core = pack("nodes.tracing"), pack("gmflow_core")
+    tracing, core = pack("nodes.trace_source"), pack("gmflow_core")
     posterior, runs = mixture(pack, rng), []
 
     def run(recorder):

@@ -4,14 +4,20 @@ import math
 
 import pytest
 import torch
+from oracle import ExactPrior, log_density, random_mixture
+from recorded import assert_close, load, mixture, recorded_axes, small_network, small_spectrum
 
-from gmflow_core import GaussianMixture, mixture_nll, spectral_loss, transition_loss, velocity_to_posterior
-from gmflow_core import objective as objective_module
+from gmflow_core import (
+    GaussianMixture,
+    mixture_nll,
+    objective as objective_module,
+    spectral_loss,
+    transition_loss,
+    velocity_to_posterior,
+)
 from gmflow_core.objective import transition_pair
 from gmflow_core.path import forward_transition
 from gmflow_core.schedule import training_sigmas
-from oracle import ExactPrior, log_density, random_mixture
-from recorded import assert_close, load, mixture, recorded_axes, small_network, small_spectrum
 
 RATIOS = ["0.5", "0.9", "1.0"]
 ratios = pytest.mark.parametrize("ratio", RATIOS)

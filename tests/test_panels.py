@@ -10,13 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gmflow_core import GaussianMixture, flow_sigmas, guide_probabilistic, sample_gm_ode, unguided
-from gmflow_core.charts import REST, component_colour, marginal_density, marginal_grid, share_chart
-from gmflow_core.inspect import reorder, weight_entropy
-from gmflow_core.panels import VIEWS, draw
-from gmflow_core.pixels import save_pixels
-from gmflow_core.scene import ORDERS, look, ordered
-from gmflow_core.tiles import evened
-from gmflow_core.trace import Recorder, Trace, TraceStep, pick, statistics
+from gmflow_core.inspection.beliefs import reorder, weight_entropy
+from gmflow_core.inspection.charts import REST, component_colour, marginal_density, marginal_grid, share_chart
+from gmflow_core.inspection.pixels import save_pixels
+from gmflow_core.inspection.scene import ORDERS, look, ordered
+from gmflow_core.inspection.statistics import statistics
+from gmflow_core.inspection.tiles import evened
+from gmflow_core.inspection.trace import Recorder, Trace, TraceStep, pick
+from gmflow_core.inspection.views import VIEWS, draw
 
 
 def mixture(rng, k=8, c=3, size=16, b=3, std=-2.0):
@@ -294,9 +295,9 @@ def test_pixels_that_would_be_too_many_are_left_out(rng, tmp_path, monkeypatch):
     trace, _ = record(rng)
     scene = look(trace, 0, 0, "raw", 8, lambda x: x)
     assert save_pixels(scene, tmp_path / "a", lambda x: x)
-    monkeypatch.setattr("gmflow_core.pixels.MOST_BYTES", 256 * (2 * 8 * 4 + 2 + 3 * 9))
+    monkeypatch.setattr("gmflow_core.inspection.pixels.MOST_BYTES", 256 * (2 * 8 * 4 + 2 + 3 * 9))
     assert save_pixels(scene, tmp_path / "b", lambda x: x)  # exactly as many as allowed
-    monkeypatch.setattr("gmflow_core.pixels.MOST_BYTES", 256 * (2 * 8 * 4 + 2 + 3 * 9) - 1)
+    monkeypatch.setattr("gmflow_core.inspection.pixels.MOST_BYTES", 256 * (2 * 8 * 4 + 2 + 3 * 9) - 1)
     assert not save_pixels(scene, tmp_path / "c", lambda x: x) and not (tmp_path / "c").exists()
 
 

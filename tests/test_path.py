@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from oracle import ExactPrior, log_density, random_mixture
+from recorded import assert_close, assert_same_mixture, load, mixture
 from torch.distributions import Normal
 
 from gmflow_core import GaussianMixture, add_noise, reanchor, reverse_transition, velocity_to_posterior
 from gmflow_core.path import (
-    Reanchoring, forward_transition, likelihood_factor, reanchor_factor, reverse_step, transition_coefficients,
+    Reanchoring,
+    forward_transition,
+    likelihood_factor,
+    reanchor_factor,
+    reverse_step,
+    transition_coefficients,
 )
-from oracle import ExactPrior, log_density, random_mixture
-from recorded import assert_close, assert_same_mixture, load, mixture
 
 PAIRS = [(1.0, 0.5), (0.9, 0.89), (0.8, 0.4), (0.5, 0.001), (0.3, 0.0), (1.0, 0.0)]  # (sigma, sigma_next)
 pairs = pytest.mark.parametrize("sigma, sigma_next", PAIRS)

@@ -5,14 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle import ExactPrior
 
-from gmflow_core import GaussianMixture, GMDenoiser, GMMLP, GMMLPConfig, flow_sigmas, sample_gm_ode
+from gmflow_core import GMMLP, GaussianMixture, GMDenoiser, GMMLPConfig, flow_sigmas, sample_gm_ode
 from gmflow_core.guidance import unguided
 from gmflow_core.path import reanchor, reanchor_factor
-from oracle import ExactPrior
-from train import baselines, reproduce
-from train.baselines import EULER, LAST_SIGMA, SCHEDULERS, Still, mean_velocity, sample_euler, sample_scheduler, sample_without_reanchoring
-from train.data import Checkerboard
+from train import reproduce
+from train.data.checkerboard import Checkerboard
+from train.evaluate import baselines
+from train.evaluate.baselines import (
+    EULER,
+    LAST_SIGMA,
+    SCHEDULERS,
+    Still,
+    mean_velocity,
+    sample_euler,
+    sample_scheduler,
+    sample_without_reanchoring,
+)
 from train.reproduce import ABLATION, STEPS, Row, configs, markdown, rows, run, tile
 
 CPU = torch.device("cpu")

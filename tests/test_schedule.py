@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from recorded import load
 
 from gmflow_core import flow_sigmas
 from gmflow_core.schedule import shift_time, substep_sigmas, training_sigmas, unshift_time
-from recorded import load
 
 shifts = pytest.mark.parametrize("shift", [0.3, 1.0, 3.2])
 

@@ -4,12 +4,19 @@ import math
 
 import pytest
 import torch
-
-from gmflow_core import (
-    GaussianMixture, GMDenoiser, Inpaint, add_noise, flow_sigmas, sample_gm_ode, sample_gm_sde, unguided,
-)
 from oracle import ExactPrior
 from recorded import small_network, small_spectrum
+
+from gmflow_core import (
+    GaussianMixture,
+    GMDenoiser,
+    Inpaint,
+    add_noise,
+    flow_sigmas,
+    sample_gm_ode,
+    sample_gm_sde,
+    unguided,
+)
 
 PRIOR = ExactPrior.example(channels=3, dtype=torch.float32)
 SOLVERS = {

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from oracle import ExactPrior, projected_cdf
 from scipy.stats import kstest
 
 from gmflow_core import SecondOrder, sample_gm_ode, sample_gm_sde
 from gmflow_core.path import transition_coefficients
 from gmflow_core.spectral import principal_axes
-from oracle import ExactPrior, projected_cdf
 
 DIRECTIONS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, -0.6]], dtype=torch.float64)
 

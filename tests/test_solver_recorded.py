@@ -9,16 +9,30 @@ import re
 
 import pytest
 import torch
+from recorded import (
+    LABELS,
+    assert_close,
+    assert_same_mixture,
+    load,
+    mixture,
+    recorded_axes,
+    small_network,
+    small_spectrum,
+)
 
 from gmflow_core import (
-    GaussianMixture, GMDenoiser, Inpaint, SecondOrder, flow_sigmas, guide_probabilistic, sample_gm_ode,
-    sample_gm_sde, unguided,
+    GaussianMixture,
+    GMDenoiser,
+    Inpaint,
+    SecondOrder,
+    flow_sigmas,
+    guide_probabilistic,
+    sample_gm_ode,
+    sample_gm_sde,
+    solver as solver_module,
+    unguided,
 )
-from gmflow_core import solver as solver_module
 from gmflow_core.path import reanchor_factor, reverse_step
-from recorded import (
-    LABELS, assert_close, assert_same_mixture, load, mixture, recorded_axes, small_network, small_spectrum,
-)
 
 ODE_RUNS = sorted(name[: -len(".final")] for name in load("gm_ode") if name.endswith(".final"))
 ODE_TRACES = sorted(name[: -len(".x_t")] for name in load("gm_ode") if name.endswith(".x_t"))

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracle import random_mixture
+from recorded import assert_close, load, mixture, recorded_axes
 from scipy.special import log_ndtr, logsumexp, ndtri_exp
 from scipy.stats import norm
 
 from gmflow_core import gaussian_to_mixture
 from gmflow_core.spectral import color_noise, hartley, inverse_cdf, principal_axes
-from oracle import random_mixture
-from recorded import assert_close, load, mixture, recorded_axes
 
 # ---- Hartley transform, coloured noise -------------------------------------------------------------
 

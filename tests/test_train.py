@@ -12,7 +12,8 @@ import torch
 
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig, load_checkpoint
 from train.config import PRESETS, TrainConfig, override
-from train.data import INKS, Checkerboard, Digits
+from train.data.checkerboard import Checkerboard
+from train.data.digits import INKS, Digits
 from train.report import REPORT
 from train.step import build, figures, learning_rate, losses, parameter_groups, step_generator, step_inputs, tally
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from test_train import CPU, TINY
+
 from train.__main__ import train
 from train.runlog import BOARD
 from train.trainer import Trainer

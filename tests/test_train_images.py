@@ -8,8 +8,8 @@ from PIL import Image
 from gmflow_core import load_checkpoint
 from train.__main__ import main
 from train.config import PRESETS, override
-from train.images import ImageFolder, decode, find_images
-from train.sources import open_data
+from train.data.images import ImageFolder, decode, find_images
+from train.data.open import open_data
 from train.step import step_generator
 from train.trainer import CHECKPOINT, Trainer
 
@@ -160,7 +160,7 @@ def test_only_broken_images_are_an_error(tmp_path):
 
 
 def test_small_sets_are_decoded_once(folder, monkeypatch):
-    import train.images as module
+    import train.data.images as module
 
     decoded = []
     monkeypatch.setattr(module, "decode", lambda path, *a: decoded.append(path) or decode(path, *a))

@@ -14,10 +14,10 @@ from safetensors import safe_open
 import train.encode as module
 from gmflow_core import load_checkpoint
 from train.config import PRESETS, override
+from train.data.images import find_images, to_unit
+from train.data.latents import INDEX, Latents
+from train.data.open import open_data
 from train.encode import Encoder, decode, diffusers_encoder, encode_folder
-from train.images import find_images, to_unit
-from train.latents import INDEX, Latents
-from train.sources import open_data
 from train.step import step_generator
 from train.trainer import CHECKPOINT, Trainer
 

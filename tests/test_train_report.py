@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
+from test_train import CPU, TINY
 
 import train.__main__ as command
-from test_train import CPU, TINY
 from train.report import REPORT, checkpoint_info, duration, large, page, read_log, speed, tiles, write_report
 from train.runlog import LOG
 from train.svg import Line, chart, number, running_mean, thinned, value_range

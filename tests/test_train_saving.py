@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import CPU, TINY, equal_states, run
 
 import train.trainer as module
 from gmflow_core import load_checkpoint
-from test_train import CPU, TINY, equal_states, run
 from train.__main__ import train
 from train.saving import Background, HostCopies
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer
@@ -90,7 +90,7 @@ def test_a_failure_is_told_at_the_next_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "_save", full)
     monkeypatch.setattr(trainer, "train_step", stepping)
     said = []
-    monkeypatch.setattr("train.files.say", lambda text: said.append((trainer.step, text)))
+    monkeypatch.setattr("train.console.say", lambda text: said.append((trainer.step, text)))
     train(trainer)
     ((when, text),) = said
     assert when == 4 and text.startswith(f"a save failed: {tmp_path / STATE} could not be written ([Errno 28] No space left")
@@ -128,7 +128,7 @@ def test_a_signal_during_a_save_leaves_the_last_step_on_disk(tmp_path):
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     said = int(done.stderr.split("stopped at step ")[1].split(",")[0])
     assert Trainer(replace(TINY, save_every=2, steps=1_000_000), tmp_path, CPU).step == said
-    assert load_checkpoint(tmp_path / CHECKPOINT).training["step"] == said and not list(tmp_path.glob("*.tmp"))
+    assert load_checkpoint(tmp_path / CHECKPOINT).training["step"] == said and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_buffers_are_made_once_and_hold_copies():

@@ -14,15 +14,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import CPU, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmflow_core import GMMLPConfig, load_checkpoint
-from test_train import CPU, TINY
 from train.config import PRESETS
-from train.data import Digits
+from train.data.digits import Digits
+from train.preview import save_samples
 from train.report import REPORT
-from train.samples import save_samples
-from train.step import Objective, build, learning_rate, make_optimizer, prepare, recompute_activations, set_learning_rate, step_inputs
+from train.step import (
+    Objective,
+    build,
+    learning_rate,
+    make_optimizer,
+    prepare,
+    recompute_activations,
+    set_learning_rate,
+    step_inputs,
+)
 from train.team import Team, leave, share_of, whole
 from train.throughput import Speed, forward_flops, peak_flops
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer

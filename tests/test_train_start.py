@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_train import CPU, TINY
 
 from gmflow_core import GMDiT, GMDiTConfig, load_checkpoint
 from gmflow_core.__main__ import BUNDLED
-from test_train import CPU, TINY
 from train.__main__ import main
 from train.config import PRESETS, override
 from train.initialise import initialise

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from oracle import log_density, projected_cdf, random_mixture
+from recorded import assert_close, load, mixture, recorded_axes
 from scipy.special import log_ndtr, logsumexp, ndtri_exp
 from scipy.stats import kstest
 
 from gmflow_core import GaussianMixture, gaussian_to_mixture, mixture_to_gaussian
 from gmflow_core.spectral import principal_axes
-from oracle import log_density, projected_cdf, random_mixture
-from recorded import assert_close, load, mixture, recorded_axes
 
 
 def ordinary(rng, k, c, spread=2.0, space=(8, 8), dtype=torch.float32):

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from gmflow_core.checkpoint import convert
 
 from .config import PRESETS, TrainConfig, override
-from .files import attempt
+from .console import attempt
+from .preview import save_samples
 from .report import write_report
 from .runlog import short
-from .samples import save_samples
 from .stop import StopRequest
 from .team import Team, leave
 from .throughput import forward_flops

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 
-
 DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.

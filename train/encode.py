@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from gmflow_core.convert import SD_VAE_SCALE
+from gmflow_core.files import write_atomically
+from gmflow_core.model import SD_VAE_SCALE
 
-from .files import write_atomically
-from .images import ImageList, decode, find_images, say, to_unit
-from .latents import FORMAT, INDEX
+from .console import say
+from .data.images import ImageList, decode, find_images, to_unit
+from .data.latents import FORMAT, INDEX
 from .vae import load_vae
 
 PLAN = "plan.json"

@@ -13,7 +13,7 @@ from gmflow_core.checkpoint import check_keys, read_state
 from gmflow_core.files import State, is_safetensors, read_json, read_pickle, read_safetensors
 
 from .config import TrainConfig
-from .images import say
+from .console import say
 
 NOISE = 0.05  # of a copied component, in standard deviations of the weights that are copied
 PATCHES = "pos_embed.proj.weight"

@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 
 from gmflow_core.checkpoint import format_info, identify
+from gmflow_core.files import write_atomically
 
-from .files import write_atomically
 from .runlog import LOG
 from .svg import Line, chart
 

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from gmflow_core import GMDenoiser
 from gmflow_core.pictures import scatter, sheet
 
-from .baselines import EULER, MISSING, SCHEDULERS, has_diffusers
 from .config import PRESETS, TrainConfig
-from .data import Checkerboard
-from .metrics import cells, figures
-from .sampling import SOLVERS, Setting, solve
+from .data.checkerboard import Checkerboard
+from .evaluate.baselines import EULER, MISSING, SCHEDULERS, has_diffusers
+from .evaluate.checkerboard_metrics import cells, figures
+from .evaluate.settings import SOLVERS, Setting, solve
 from .trainer import Trainer
 
 STEPS = (1, 2, 4, 8, 16, 32)  # network calls

@@ -12,14 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmflow_core import GMDiT, GMDiTConfig, GMMLP, GaussianMixture, SpectrumMLP, mixture_nll, spectral_loss, transition_loss
+from gmflow_core import (
+    GMMLP,
+    GaussianMixture,
+    GMDiT,
+    GMDiTConfig,
+    SpectrumMLP,
+    mixture_nll,
+    spectral_loss,
+    transition_loss,
+)
 from gmflow_core.model.layers import explicit_attention, sdpa
 from gmflow_core.objective import transition_pair
 from gmflow_core.path import add_noise
 from gmflow_core.schedule import training_sigmas
 
 from .config import TrainConfig
-from .data import Dataset
+from .data.dataset import Dataset
 
 
 def prepare(device: torch.device, tf32: bool) -> None:

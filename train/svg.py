@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from gmflow_core.charts import nice_ticks
+from gmflow_core.inspection.charts import nice_ticks
 
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 230, 52, 12, 34, 26
 POINTS = 500  # of a line; a longer one is averaged

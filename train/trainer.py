@@ -14,17 +14,28 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gmflow_core import save_checkpoint
+from gmflow_core.files import not_written, remove_remains, write_atomically
 
 from .config import PATHS, TrainConfig, changes
-from .files import attempt, not_written, write_atomically
-from .images import say
+from .console import attempt, say
+from .data.open import open_data
 from .initialise import initialise
 from .runlog import LOG, RunLog
 from .saving import Background, HostCopies
-from .sources import open_data
 from .step import (
-    Inputs, Objective, build, figures, learning_rate, make_optimizer, networks_of, prepare, recompute_activations,
-    set_learning_rate, step_inputs, tally, update_ema,
+    Inputs,
+    Objective,
+    build,
+    figures,
+    learning_rate,
+    make_optimizer,
+    networks_of,
+    prepare,
+    recompute_activations,
+    set_learning_rate,
+    step_inputs,
+    tally,
+    update_ema,
 )
 from .team import Team, share_of, whole
 from .throughput import Speed
@@ -71,6 +82,8 @@ class Trainer:
         self.run_log = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            for name in (STATE, CHECKPOINT) if self.team.first else ():
+                remove_remains(folder / name)
             self.run_log = RunLog(folder, max(config.log_every, config.steps // 20), config.tensorboard)
             if resumed:
                 self._resume()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gmflow_core.checkpoint import LatentSpace
+from gmflow_core.model import LatentSpace
 
 
 def load_vae(source: str, device: torch.device):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tomllib
 import urllib.request
 from pathlib import Path
+
+import tomllib
 
 from .graph import Flow, Group, Output, fields, inputs_of, options
 

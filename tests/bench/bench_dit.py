@@ -26,7 +26,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from gmflow_core import GMDenoiser, flow_sigmas, sample_gm_ode, sample_gm_sde  # noqa: E402
 from train.config import PRESETS, override  # noqa: E402
-from train.latents import FORMAT, INDEX  # noqa: E402
+from train.data.latents import FORMAT, INDEX  # noqa: E402
 from train.step import build  # noqa: E402
 from train.throughput import forward_flops, peak_flops  # noqa: E402
 from train.trainer import Trainer  # noqa: E402

@@ -35,7 +35,8 @@ def parts(solver: str, repeats: int) -> dict[str, float]:
     """Median seconds of loading, of sampling, and of the network within it."""
     sys.path.insert(0, str(ROOT))
     from gmflow_core import load_checkpoint
-    from gmflow_core.cli import sample
+    from gmflow_core.cli import sample_images
+    from gmflow_core.sampler import SamplerOptions
 
     loads, samples, network = [], [], []
     for _ in range(repeats):
@@ -53,7 +54,7 @@ def parts(solver: str, repeats: int) -> dict[str, float]:
 
         checkpoint.model.forward = timed
         start = time.perf_counter()
-        sample(checkpoint, [*range(10)] * 2, solver=solver, guidance=0.3)
+        sample_images(checkpoint, [*range(10)] * 2, SamplerOptions(solver), guidance=0.3)
         samples.append(time.perf_counter() - start)
         network.append(inside)
     median = statistics.median

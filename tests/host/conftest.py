@@ -69,8 +69,8 @@ def digits(host):
 @pytest.fixture(scope="session")
 def recognised():
     """How many images (N,3,16,16) in [-1, 1] show the digit asked for, to a classifier of real digits."""
-    from train.data import Digits as Real
-    from train.digits_metrics import grey8, train_svm
+    from train.data.digits import Digits as Real
+    from train.evaluate.digits_metrics import grey8, train_svm
 
     svm = train_svm(Real.load())
 

@@ -18,9 +18,10 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 import comfy.samplers  # noqa: E402
 import comfy_api.latest  # noqa: E402,F401
-import nodes as core  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import nodes as core  # noqa: E402
 
 BUNDLED = f"{ROOT}/models/gmdit_digits.safetensors"
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from test_host_basics import BUNDLED
 
 from gmflow_core import GMDenoiser, flow_sigmas, load_checkpoint, sample_gm_ode
-
-from test_host_basics import BUNDLED
 
 # Sampler, scheduler: each of both at least once, in combinations that people use.
 PAIRS = [

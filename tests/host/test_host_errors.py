@@ -8,10 +8,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_host_basics import BUNDLED, ROOT
 
 from gmflow_core import GMMLP, GMMLPConfig, save_checkpoint
-
-from test_host_basics import BUNDLED, ROOT
 
 
 @pytest.fixture(autouse=True)

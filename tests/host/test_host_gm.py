@@ -3,13 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_host_basics import BUNDLED
 
 from gmflow_core import GMDenoiser, flow_sigmas, load_checkpoint, sample_gm_ode, sample_gm_sde
 from gmflow_core.checkpoint import read_state
 from gmflow_core.noise import ImageNoise
 from gmflow_core.schedule import default_substeps
-
-from test_host_basics import BUNDLED
 
 
 @pytest.fixture(scope="module")

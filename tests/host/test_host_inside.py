@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from hosting import ROOT
 
 INSIDE = Path(__file__).parent / "inside.py"

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hosting import Listener
 from safetensors.torch import load_file
+from test_host_basics import BUNDLED
 
 from gmflow_core import GMDenoiser, flow_sigmas, load_checkpoint, sample_gm_ode
 from gmflow_core.schedule import default_substeps
-from hosting import Listener
-
-from test_host_basics import BUNDLED
 
 
 @pytest.fixture

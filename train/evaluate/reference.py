@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from gmflow_core.checkpoint import write_safetensors
+from gmflow_core.files import write_safetensors
 
-from .data import INKS, Digits
+from ..data.digits import INKS, Digits
+from ..data.images import ImageFolder, find_images
 from .features import Features
 from .image_metrics import moments, neighbour_radius, quantise, saturation
-from .images import ImageFolder, find_images
 
 NEIGHBOURS = 10_000  # so many images at most are what precision, recall and accuracy look at
 

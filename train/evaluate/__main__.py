@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gmflow_core.files import write_atomically
 from gmflow_core.pictures import image_grid
 
-from .data import Digits
+from ..console import say
+from ..data.digits import Digits
+from ..runlog import short
 from .digits_metrics import digit_figures, train_svm
-from .evaluate_figures import markdown, save_figures
 from .features import Features, digits_features, inception
-from .files import write_atomically
+from .figures import markdown, save_figures
 from .image_metrics import distances, frechet_distance, moments, overshoot, precision_recall, quantise, saturation
-from .images import say
 from .reference import Reference, load_reference, measure_reference, real_images, save_reference
-from .runlog import short
-from .sampling import BASELINES, GM_SOLVERS, SOLVERS, Setting, draw
+from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting, draw
 from .subject import Subject, likelihood, open_subject
 
 RESULTS, REFERENCE, SAMPLES = "results.json", "reference.safetensors", "samples"

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from gmflow_core import GMDiTConfig
 
-from .config import TrainConfig
-from .data import Checkerboard, Dataset, Digits
+from ..config import TrainConfig
+from .checkerboard import Checkerboard
+from .dataset import Dataset
+from .digits import Digits
 from .images import ImageFolder
 from .latents import Latents
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..gmflow_core import GMDiTConfig, SpectrumMLP
-from ..gmflow_core.checkpoint import LatentSpace
+from ..gmflow_core.model import LatentSpace
 
 LABELS = "gmflow_labels"     # in a conditioning's dict: int64 (N,)
 CLASSES = "gmflow_classes"   # beside it: how many classes the model has that they are made for

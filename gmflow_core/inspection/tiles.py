@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..pictures import FAINT, PAPER, TEXT, font, heat, text_width, to_uint8
 from .charts import PALETTE
-from .pictures import FAINT, PAPER, TEXT, font, heat, text_width, to_uint8
 
 SMALL, LARGE = 192, 256  # pixels of a tile's longer side, about: of a map, and of a picture finer than its map
 MOST = 384

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from gmflow_core.checkpoint import LatentSpace
+from gmflow_core.model import LatentSpace
 
-from .data import Dataset
+from ..console import say
+from .dataset import Dataset
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
@@ -167,10 +167,3 @@ class ImageFolder(Dataset):
         if self.cache is not None:
             self.cache[index] = pixels
         return pixels
-
-
-def say(text: str) -> None:
-    """A line to stderr that leaves a progress bar whole."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)

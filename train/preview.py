@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gmflow_core import GMDenoiser, flow_sigmas, sample_gm_ode
+from gmflow_core import GMDenoiser, flow_sigmas
 from gmflow_core.pictures import image_grid, scatter
-from gmflow_core.schedule import default_substeps
+from gmflow_core.sampler import sample
 
 STEPS = 8
 CLASSES = 10  # at most so many rows
@@ -31,7 +31,7 @@ def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, devi
     count = 4096 if flat else len(labels)
     x = torch.randn((count, *data.shape), generator=generator).to(device)
     denoiser = GMDenoiser(model.to(device), labels)
-    x = sample_gm_ode(denoiser, x, flow_sigmas(STEPS), substeps=default_substeps(STEPS)).cpu()
+    x = sample(denoiser, x, flow_sigmas(STEPS)).cpu()
     model.to(home)
     picture = scatter(x, 4.5) if flat else image_grid(x, per_class, scale=math.ceil(32 / x.shape[-1]))
     picture.save(path)

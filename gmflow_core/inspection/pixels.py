@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_safetensors
+from ..pictures import to_uint8
+from .beliefs import weight_entropy
 from .charts import component_colours
-from .checkpoint import write_safetensors
-from .inspect import weight_entropy
-from .pictures import to_uint8
 from .scene import Decode, Scene
 
 MOST_BYTES = 4 * 2**20

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import INKS, Digits
+from ..data.digits import INKS, Digits
 
 INKED = 0.5        # a pixel is inked from this value (its largest channel in [0, 1]) on
 HUE_TOLERANCE = 15  # degrees

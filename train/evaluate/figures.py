@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .images import say
-from .sampling import BASELINES, Setting
+from ..console import say
+from .settings import BASELINES, Setting
 
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")  # Okabe and Ito's, and two more
 MARKS = "osD^vPX*"

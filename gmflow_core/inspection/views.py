@@ -11,12 +11,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..pictures import heat, sheet, to_uint8
+from .beliefs import (
+    dominance,
+    dominant_component,
+    effective_components,
+    mean_shift,
+    mean_weights,
+    nearest,
+    spread,
+    weight_entropy,
+)
 from .charts import Series, component_colours, line_chart, marginal_chart, scatter_chart, share_chart, weight_bars
-from .inspect import dominance, dominant_component, effective_components, mean_shift, mean_weights, nearest, spread, weight_entropy
-from .pictures import heat, sheet, to_uint8
 from .scene import Decode, Scene, look
+from .statistics import at_pixel, step_statistics
 from .tiles import caption_width, captioned, legend, marked, see_through, stacked, tile
-from .trace import Trace, TraceStep, at_pixel, step_statistics
+from .trace import Trace, TraceStep
 
 NAMES = {"aligned": "hypotheses", "ranked": "components by rank", "raw": "components"}
 ONE = {"aligned": "hypothesis", "ranked": "component by rank", "raw": "component"}

@@ -10,11 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .inspect import hypotheses, mean_weights, rank
-from .mixture import GaussianMixture
-from .pictures import colour_bar, heat
+from ..mixture import GaussianMixture
+from ..pictures import colour_bar, heat
+from .beliefs import hypotheses, mean_weights, rank
+from .statistics import check_count, first_regions
 from .tiles import tile, tile_size
-from .trace import Trace, TraceStep, check_count, first_regions, pick
+from .trace import Trace, TraceStep, pick
 
 ORDERS = ("aligned", "ranked", "raw")
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import GaussianMixture
-from .pictures import FAINT, PAPER, TEXT, font, text_width
+from ..mixture import GaussianMixture
+from ..pictures import FAINT, PAPER, TEXT, font, text_width
 
 # Okabe and Ito's palette and four more: told apart by the colour-blind as far as twelve colours can be.
 PALETTE = (

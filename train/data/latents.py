@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor
 
-from gmflow_core.checkpoint import LatentSpace
+from gmflow_core.model import LatentSpace
 
-from .data import Dataset
+from .dataset import Dataset
 
 INDEX = "index.json"
 FORMAT = 1

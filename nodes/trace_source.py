@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..gmflow_core.trace import Recorder, Trace
+from ..gmflow_core.inspection.trace import Recorder, Trace
 
 
 def is_connected(prompt: dict | None, unique_id, slot: int) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from gmflow_core import Checkpoint, GMDenoiser, GMDiTConfig, load_checkpoint
 from gmflow_core.path import add_noise
 
-from .images import to_unit
+from ..data.images import to_unit
+from ..vae import Decoder, load_vae
 from .reference import Images
-from .vae import Decoder, load_vae
 
 NLL_SAMPLES, NLL_SIGMAS = 512, 16
 

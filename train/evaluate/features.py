@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import INKS, Digits
+from ..data.digits import INKS, Digits
 
 Features = Callable[[Tensor], Tensor]
 

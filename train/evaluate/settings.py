@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gmflow_core import Checkpoint, GMDenoiser, SecondOrder, flow_sigmas, sample_gm_ode, sample_gm_sde
+from gmflow_core import Checkpoint, GMDenoiser, SecondOrder, flow_sigmas
 from gmflow_core.denoiser import Denoiser
+from gmflow_core.sampler import SOLVERS as SAMPLERS, SamplerOptions, sample
 from gmflow_core.schedule import default_substeps
 
 from .baselines import EULER, SCHEDULERS, sample_euler, sample_scheduler, sample_without_reanchoring
 
-GM_SOLVERS = {"gm-ode1": "GM-ODE 1", "gm-ode2": "GM-ODE 2", "gm-sde1": "GM-SDE 1", "gm-sde2": "GM-SDE 2"}
+GM_SOLVERS = {f"{solver}{order}": SamplerOptions(solver, order) for solver in SAMPLERS for order in (1, 2)}
 BASELINES = {
     "euler": EULER, "ddpm": "SDE-DPM++ 1 (DDPM)", "dpm++2m": "DPM++ 2M", "sde-dpm++2m": "SDE-DPM++ 2M",
     "deis": "DEIS 2", "unipc": "UniPC 2", "sa": "SA-Solver",
 }
-SOLVERS = GM_SOLVERS | BASELINES  # the name on a command line -> the name in a table
+# The name on a command line -> the name in a table.
+SOLVERS = {name: options.title for name, options in GM_SOLVERS.items()} | BASELINES
 assert set(BASELINES.values()) == {EULER, *SCHEDULERS}
 
 
@@ -70,15 +72,15 @@ def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None, genera
         return sample_euler(denoiser, x, steps)
     if solver in BASELINES:
         return sample_scheduler(denoiser, x, steps, BASELINES[solver], generator)
-    sigmas, substeps = flow_sigmas(steps), setting.substeps or default_substeps(steps)
+    sigmas = flow_sigmas(steps)
     if not setting.reanchored:
-        return sample_without_reanchoring(denoiser, x, sigmas, substeps)
-    options = {"order": int(solver[-1]), "second_order": SecondOrder(correction_steps=setting.corrections)}
-    if solver.startswith("gm-ode"):
-        return sample_gm_ode(denoiser, x, sigmas, substeps=substeps, **options)
+        return sample_without_reanchoring(denoiser, x, sigmas, setting.substeps or default_substeps(steps))
+    options = replace(
+        GM_SOLVERS[solver], substeps=setting.substeps, spectral=setting.spectral,
+        second_order=SecondOrder(correction_steps=setting.corrections),
+    )
     noise = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
-    spectrum = spectrum if setting.spectral else None
-    return sample_gm_sde(denoiser, x, sigmas, spectrum=spectrum, noise_sampler=noise, **options)
+    return sample(denoiser, x, sigmas, options, spectrum=spectrum, noise_sampler=noise)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-r"""From captured network outputs to guided posteriors: the nodes' own mathematics, without a host.
+r"""The mixtures of a network evaluation: handed over, gathered, made posteriors. Without a host.
 
 Shapes: B batch, K components, C channels, ``*S`` space.
 """
@@ -7,46 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..gmflow_core import GaussianMixture, Guided, guide_cfg, guide_probabilistic, unguided
-from ..gmflow_core.guidance import check_guidance
+from ..gmflow_core import GaussianMixture, Guided, unguided, velocity_to_posterior
+from ..gmflow_core.model import unpack_mixture
+from .model_info import ModelInfo
 
-METHODS = ("probabilistic", "vanilla CFG")
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a GMFlow guider guides. ``interval``: (start, end) sigmas; it acts at end <= sigma <= start."""
-
-    scale: float = 0.45
-    orthogonal: float = 1.0
-    method: str = "probabilistic"
-    cfg_scale: float = 4.0
-    interval: tuple[float, float] = (1.0, 0.0)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        check_guidance(self.scale, self.orthogonal)
-        if not self.cfg_scale >= 1:
-            raise ValueError(f"cfg_scale must be >= 1 (1 is none), got {self.cfg_scale}")
-        start, end = self.interval
-        if not start >= end:
-            raise ValueError(f"guidance must start before it ends, got sigmas {start:.3g} to {end:.3g}")
-
-    def acts_at(self, sigma: float) -> bool:
-        """Whether the unconditional prediction is needed at this sigma."""
-        on = self.scale > 0 if self.method == METHODS[0] else self.cfg_scale > 1
-        return on and self.interval[1] <= sigma <= self.interval[0]
-
-    def __call__(self, cond: GaussianMixture, uncond: GaussianMixture) -> Guided:
-        if self.method == METHODS[0]:
-            return guide_probabilistic(cond, uncond, self.scale, self.orthogonal)
-        return guide_cfg(cond, uncond, self.cfg_scale)
+CAPTURE = "gmflow_capture"   # in transformer_options
 
 
 class Capture:
@@ -64,6 +33,38 @@ class Capture:
         """Keep a batch (n B,...) of n chunks, one for each id."""
         with self._lock:
             self.packed.update(zip(ids, packed.chunk(len(ids))))
+
+
+@torch.compiler.disable  # a compiled network would expect the capture of its first call
+def hand_over(packed, transformer_options: dict) -> None:
+    """A network's output to the capture, if somebody wants it."""
+    capture = transformer_options.get(CAPTURE)
+    if capture is not None:
+        capture.add(packed, transformer_options["uuids"])
+
+
+def with_capture(model_options: dict, capture: Capture) -> dict:
+    """A copy of the options in which the network hands its mixtures to ``capture``."""
+    return model_options | {"transformer_options": model_options.get("transformer_options", {}) | {CAPTURE: capture}}
+
+
+def gather(capture: Capture, conds: list[dict], info: ModelInfo, x, sigma: float, role: str):
+    """The x_0 posterior of one role's conditionings, several of them pooled by strength; ValueError if there is none."""
+    found = [cond for cond in conds if cond["uuid"] in capture.packed]
+    if not found:
+        raise ValueError(
+            f"{role}: the network was not asked for it at sigma {sigma:.3f}, and a GM sampler needs its mixture; a conditioning "
+            "without a range for this step, or a patch that skips the network (EasyCache), cannot be combined with it"
+        )
+    if any("area" in cond or "mask" in cond for cond in found):
+        raise ValueError(
+            f"{role}: GM samplers take conditionings of the whole image; remove the area or mask, "
+            "or use a core guider with a core sampler"
+        )
+    packed = [capture.packed[cond["uuid"]].to(x.device) for cond in found]
+    velocities = [unpack_mixture(output, info.config.num_gaussians) for output in packed]
+    posteriors = [velocity_to_posterior(velocity, x, sigma) for velocity in velocities]
+    return pool(posteriors, [cond.get("strength", 1.0) for cond in found])
 
 
 def pool(mixtures: Sequence[GaussianMixture], strengths: Sequence[float]) -> GaussianMixture:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import GaussianFactor, GaussianMixture
+from ..mixture import GaussianFactor, GaussianMixture
 
 # Pixels of a clustering: enough for a picture, whatever its size.
 MAX_PIXELS = 1024

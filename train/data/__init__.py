@@ -1,0 +1,1 @@
+"""Training data: what a dataset is, and each kind of it."""
