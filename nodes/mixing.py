@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..gmflow_core import GaussianMixture, Guided, guide_cfg, guide_probabilistic, unguided
+from ..gmflow_core import GaussianMixture, Guided, Mixture, guide_cfg, guide_probabilistic, unguided
 from ..gmflow_core.guidance import check_guidance
 
 METHODS = ("probabilistic", "vanilla CFG")
@@ -43,7 +43,7 @@ class Guidance:
         on = self.scale > 0 if self.method == METHODS[0] else self.cfg_scale > 1
         return on and self.interval[1] <= sigma <= self.interval[0]
 
-    def __call__(self, cond: GaussianMixture, uncond: GaussianMixture) -> Guided:
+    def __call__(self, cond: Mixture, uncond: Mixture) -> Guided:
         if self.method == METHODS[0]:
             return guide_probabilistic(cond, uncond, self.scale, self.orthogonal)
         return guide_cfg(cond, uncond, self.cfg_scale)
@@ -66,7 +66,7 @@ class Capture:
             self.packed.update(zip(ids, packed.chunk(len(ids))))
 
 
-def pool(mixtures: Sequence[GaussianMixture], strengths: Sequence[float]) -> GaussianMixture:
+def pool(mixtures: Sequence[Mixture], strengths: Sequence[float]) -> Mixture:
     r"""sum_i s_i q_i with s = strengths / sum: the components of all, with v = sum_i s_i v_i.
 
     One shared v keeps the mean and the isotropic variance of the sum exact at every pixel.
@@ -81,12 +81,12 @@ def pool(mixtures: Sequence[GaussianMixture], strengths: Sequence[float]) -> Gau
     return GaussianMixture(torch.cat([m.means for m in mixtures], dim=1), logits, 0.5 * var.log())
 
 
-def moved(posterior: GaussianMixture, mean: Tensor) -> GaussianMixture:
+def moved(posterior: Mixture, mean: Tensor) -> GaussianMixture:
     """The posterior shifted as a whole so that its mean is ``mean`` (B,C,*S): what vanilla CFG does to a mixture."""
     shift = (mean - posterior.mean()).unsqueeze(1)
     return GaussianMixture(posterior.means + shift, posterior.log_weights, posterior.log_std)
 
 
-def guided_by_mean(posterior: GaussianMixture, mean: Tensor) -> Guided:
+def guided_by_mean(posterior: Mixture, mean: Tensor) -> Guided:
     """A conditional posterior and the mean that somebody else's guidance made of it."""
     return unguided(moved(posterior, mean))
