@@ -3,7 +3,7 @@
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .denoiser import GMDenoiser
 from .guidance import Guided, guide_cfg, guide_probabilistic, probabilistic_guidance, unguided
-from .mixture import Gaussian, GaussianFactor, GaussianMixture
+from .mixture import Gaussian, GaussianFactor, GaussianMixture, Mixture
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP
 from .objective import mixture_nll, spectral_loss, transition_loss
 from .path import add_noise, reanchor, reverse_transition, velocity_to_posterior
@@ -13,7 +13,7 @@ from .spectral import gaussian_to_mixture, mixture_to_gaussian
 
 __all__ = [
     "Checkpoint", "CheckpointError", "GMDenoiser", "GMDiT", "GMDiTConfig", "GMMLP", "GMMLPConfig", "Gaussian",
-    "GaussianFactor", "GaussianMixture", "Guided", "Inpaint", "SecondOrder", "SolverHistory", "SpectrumConfig",
+    "GaussianFactor", "GaussianMixture", "Guided", "Inpaint", "Mixture", "SecondOrder", "SolverHistory", "SpectrumConfig",
     "SpectrumMLP", "StepInfo", "add_noise", "flow_sigmas", "gaussian_to_mixture", "guide_cfg", "guide_probabilistic",
     "load_checkpoint", "mixture_nll", "mixture_to_gaussian", "probabilistic_guidance", "reanchor",
     "reverse_transition", "sample_gm_ode", "sample_gm_sde", "save_checkpoint", "spectral_loss", "transition_loss",

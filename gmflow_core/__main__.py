@@ -85,7 +85,7 @@ def open_checkpoint(args):
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     checkpoint = load_checkpoint(args.checkpoint, device=device)
-    classes = getattr(checkpoint.config, "num_classes", None)
+    classes = checkpoint.config.num_classes
     if classes is None and args.labels:
         raise UsageError("--labels: this model has no classes; use --count")
     try:
@@ -152,7 +152,7 @@ def run_inspect(args) -> None:
     from .inspection.views import draw
 
     checkpoint, labels = open_checkpoint(args)
-    if labels is None or getattr(checkpoint.config, "sample_size", None) is None:
+    if labels is None or checkpoint.config.sample_size is None:
         raise UsageError("inspect draws image models: give --labels, one image each")
     kind = args.out.suffix.lower()
     check_inspection(args, kind, len(labels), checkpoint.config.sample_size)

@@ -109,7 +109,7 @@ def _check(raw: RawCheckpoint) -> None:
         if channels != raw.config.in_channels:
             raise CheckpointError(f"{raw.path}: the spectrum network has {channels} channels, "
                                   f"the model {raw.config.in_channels}")
-    names, classes = raw.class_names, getattr(raw.config, "num_classes", 0)
+    names, classes = raw.class_names, raw.config.num_classes or 0
     if names is not None and (len(names) != classes or not all(isinstance(name, str) for name in names)):
         raise CheckpointError(f"{raw.path}: {len(names)} class names for a model of {classes} classes; "
                               "there must be one text for each class, or none at all")
@@ -260,7 +260,7 @@ def identify(path, *, heads: int | None = None) -> dict:
         "config": raw.config.to_dict(),
         "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
         "num_gaussians": raw.config.num_gaussians,
-        "num_classes": getattr(raw.config, "num_classes", None),
+        "num_classes": raw.config.num_classes,
         "parameters": _count(raw.state),
         "spectrum_parameters": _count(raw.spectrum_state or {}),
         "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in raw.state.values()})),

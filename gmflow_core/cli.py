@@ -76,5 +76,5 @@ def sample_images(
 def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
     """(C,H,W) of an image model, (2,) of a 2D one."""
     config = checkpoint.config
-    size = getattr(config, "sample_size", None)
+    size = config.sample_size
     return (config.in_channels,) if size is None else (config.in_channels, size, size)

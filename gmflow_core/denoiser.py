@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .guidance import Guided, check_guidance, guide_cfg, guide_probabilistic, unguided
+from .mixture import Mixture
+from .model import GMMLP, GMDiT
 from .path import velocity_to_posterior
 
 Denoiser = Callable[[Tensor, float], Guided]
@@ -31,7 +33,7 @@ class GMDenoiser:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: GMDiT | GMMLP,
         labels: Tensor | None = None,
         guidance: float = 0.0,
         orthogonal: float = 1.0,
@@ -50,7 +52,7 @@ class GMDenoiser:
             raise ValueError(f"interval must be (start, end) sigmas with 1 >= start >= end >= 0, got {interval}")
         self.model, self.labels = model, labels
         self.guidance, self.orthogonal, self.method, self.interval = guidance, orthogonal, method, interval
-        self.num_classes = getattr(model.config, "num_classes", None)
+        self.num_classes = model.config.num_classes
         self._check_labels()
 
     def _check_labels(self) -> None:
@@ -71,17 +73,17 @@ class GMDenoiser:
         on = self.guidance > (1 if self.method == "cfg" else 0)
         return on and self.labels is not None and end <= sigma <= start
 
-    def velocity(self, x: Tensor, sigma: float, labels: Tensor | None):
+    def velocity(self, x: Tensor, sigma: float, labels: Tensor | None) -> Mixture:
         """The network's velocity mixture at (x, sigma), in float32."""
         dtype = next(self.model.parameters()).dtype
         sigmas = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
         return self.model.mixture(self.model(x.to(dtype), sigmas, labels))
 
     def __call__(self, x: Tensor, sigma: float) -> Guided:
-        labels = self._labels_like(x)
-        if not self.guides_at(sigma):
+        null = self._null_like(x)
+        labels = self._labels_like(x, null)
+        if labels is None or null is None or not self.guides_at(sigma):
             return unguided(velocity_to_posterior(self.velocity(x, sigma, labels), x, sigma))
-        null = torch.full_like(labels, self.num_classes)
         both = self.velocity(torch.cat([x, x]), sigma, torch.cat([labels, null]))
         n = x.shape[0]
         halves = both.map(lambda t: t[:n]), both.map(lambda t: t[n:])
@@ -90,11 +92,15 @@ class GMDenoiser:
             return guide_cfg(cond, uncond, self.guidance)
         return guide_probabilistic(cond, uncond, self.guidance, self.orthogonal)
 
-    def _labels_like(self, x: Tensor) -> Tensor | None:
+    def _null_like(self, x: Tensor) -> Tensor | None:
+        """The null label of every image, (B,); None for a model without classes."""
         if self.num_classes is None:
             return None
+        return torch.full((x.shape[0],), self.num_classes, dtype=torch.int64, device=x.device)
+
+    def _labels_like(self, x: Tensor, null: Tensor | None) -> Tensor | None:
         if self.labels is None:
-            return torch.full((x.shape[0],), self.num_classes, dtype=torch.int64, device=x.device)
+            return null
         if self.labels.shape[0] != x.shape[0]:
             raise ValueError(f"{self.labels.shape[0]} labels for a batch of {x.shape[0]}: give one per image")
         return self.labels.to(device=x.device, dtype=torch.int64)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import Gaussian, GaussianFactor, GaussianMixture, space_axes
+from .mixture import Gaussian, GaussianFactor, GaussianMixture, Mixture, space_axes
 
 PUBLISHED_SCALE = 0.45  # of probabilistic guidance, in the published examples
 
@@ -26,15 +26,15 @@ class Guided:
     ``target`` is ``anchor`` and ``bias`` is None.
     """
 
-    posterior: GaussianMixture
-    base: GaussianMixture
+    posterior: Mixture
+    base: Mixture
     anchor: Gaussian              # mean (B,C,*S), var (B,1,*1)
     target: Gaussian              # likewise
     bias: Tensor | None = None    # (B,C,*S)
     scale: float = 0.0            # w
 
 
-def moment_anchor(posterior: GaussianMixture) -> Gaussian:
+def moment_anchor(posterior: Mixture) -> Gaussian:
     """The moment-matched Gaussian of a posterior with its variance averaged over space: var (B,1,*1)."""
     gaussian = posterior.moments()
     axes = space_axes(gaussian.var, 2)
@@ -46,7 +46,7 @@ def mean_square(x: Tensor) -> Tensor:
     return x.square().mean(space_axes(x, 1), keepdim=True)
 
 
-def unguided(posterior: GaussianMixture) -> Guided:
+def unguided(posterior: Mixture) -> Guided:
     """No guidance: the posterior as it is."""
     anchor = moment_anchor(posterior)
     return Guided(posterior, posterior, anchor, anchor)
@@ -63,7 +63,7 @@ def biased_target(anchor: Gaussian, bias: Tensor) -> Gaussian:
     return Gaussian(anchor.mean + bias, anchor.var * (1 - power).clamp(min=1e-6))
 
 
-def tilt_toward(base: GaussianMixture, anchor: Gaussian, target: Gaussian) -> GaussianMixture:
+def tilt_toward(base: Mixture, anchor: Gaussian, target: Gaussian) -> Mixture:
     """Tilt ``base`` by target / anchor: were base its anchor, it would become the target."""
     precision, undo = target.var.reciprocal(), anchor.var.reciprocal()
     shift = torch.addcmul(target.mean * precision, anchor.mean, undo, value=-1)
@@ -84,7 +84,7 @@ def guidance_bias(cond: Gaussian, uncond_mean: Tensor, scale: float, orthogonal:
     return d * torch.nan_to_num(scale * strength, posinf=0)
 
 
-def guide_probabilistic(cond: GaussianMixture, uncond: GaussianMixture, scale: float, orthogonal: float = 1.0) -> Guided:
+def guide_probabilistic(cond: Mixture, uncond: Mixture, scale: float, orthogonal: float = 1.0) -> Guided:
     """Probabilistic guidance with scale w in [0, 1) (not a CFG scale) and projection strength in [0, 1]."""
     check_guidance(scale, orthogonal)
     if scale == 0:
@@ -96,15 +96,15 @@ def guide_probabilistic(cond: GaussianMixture, uncond: GaussianMixture, scale: f
     return Guided(tilt_toward(cond, anchor, target), cond, anchor, target, bias, scale)
 
 
-def guide_cfg(cond: GaussianMixture, uncond: GaussianMixture, scale: float) -> Guided:
+def guide_cfg(cond: Mixture, uncond: Mixture, scale: float) -> Guided:
     r"""Vanilla classifier-free guidance: mean_k <- mean_k + (scale - 1)(m_c - m_u); scale >= 1, 1 is none (Ho & Salimans)."""
     shift = (scale - 1) * (cond.mean() - uncond.mean())
     return unguided(GaussianMixture(cond.means + shift.unsqueeze(1), cond.log_weights, cond.log_std))
 
 
 def probabilistic_guidance(
-    cond: GaussianMixture, uncond: GaussianMixture, scale: float, orthogonal: float = 1.0
-) -> GaussianMixture:
+    cond: Mixture, uncond: Mixture, scale: float, orthogonal: float = 1.0
+) -> Mixture:
     """The guided x_0 posterior of :func:`guide_probabilistic` alone: mixture, mixture -> mixture."""
     return guide_probabilistic(cond, uncond, scale, orthogonal).posterior
 

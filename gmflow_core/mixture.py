@@ -10,9 +10,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -34,10 +37,10 @@ def space_axes(x: Tensor, leading: int) -> tuple[int, ...]:
     return tuple(range(leading, x.ndim))
 
 
-class kept(cached_property):
+class kept(cached_property[T]):
     """A property computed when first read and kept, unless the gradient that its mixture needs is switched off."""
 
-    def __get__(self, mixture, owner=None):
+    def __get__(self, mixture: Mixture, owner: type | None = None) -> T:
         if mixture is None or torch.is_grad_enabled() or not mixture._needs_grad:
             return super().__get__(mixture, owner)
         return self.func(mixture)
@@ -77,34 +80,16 @@ class Gaussian:
         return GaussianFactor(precision, self.mean * precision)
 
 
-@dataclass(frozen=True, eq=False)
-class GaussianMixture:
-    r"""sum_k w_k N(mean_k, exp(2 log_std) I) over a C-vector at every pixel.
+class Mixture:
+    r"""sum_k w_k N(mean_k, exp(2 log_std) I) over a C-vector at every pixel: what all mixtures share.
 
-    One standard deviation per sample, shared by components and pixels. ``log_weights`` must be
-    normalised over K; build from raw logits with :meth:`from_logits`.
+    One standard deviation per sample, shared by components and pixels. A subclass is a value that holds or
+    works out the three tensors: :class:`GaussianMixture` holds them.
     """
 
     means: Tensor        # (B,K,C,*S)
-    log_weights: Tensor  # (B,K,1,*S)
+    log_weights: Tensor  # (B,K,1,*S), normalised over K
     log_std: Tensor      # (B,1,1,*1)
-
-    def __post_init__(self) -> None:
-        if self.means.ndim < 3:
-            raise ValueError(f"means must be (B, K, C, *S), got {tuple(self.means.shape)}")
-        b, k, _, *space = self.means.shape
-        for name, want in (
-            ("log_weights", (b, k, 1, *space)),
-            ("log_std", (b, 1, 1) + (1,) * len(space)),
-        ):
-            got = tuple(getattr(self, name).shape)
-            if got != want:
-                raise ValueError(f"{name} must be {want} beside means {tuple(self.means.shape)}, got {got}")
-
-    @classmethod
-    def from_logits(cls, means: Tensor, logits: Tensor, log_std: Tensor) -> GaussianMixture:
-        """A mixture with weights softmax(logits) over K."""
-        return cls(means, logits.log_softmax(dim=1), log_std)
 
     # ---- shape ---------------------------------------------------------------------------------
 
@@ -118,7 +103,7 @@ class GaussianMixture:
 
     @property
     def _needs_grad(self) -> bool:
-        return self.means.requires_grad or self.log_weights.requires_grad or self.log_std.requires_grad
+        raise NotImplementedError
 
     def map(self, f) -> GaussianMixture:
         """Apply ``f`` to the three tensors: a dtype, a device, a slice of the batch."""
@@ -190,12 +175,12 @@ class GaussianMixture:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One independent draw at every pixel, shape (B,C,*S): a component, then its Gaussian."""
-        rand = dict(generator=generator, dtype=self.means.dtype, device=self.means.device)
         b, k, c, *space = self.means.shape
         weights = self.weights.movedim(1, -1).reshape(-1, k)
         index = torch.multinomial(weights, 1, generator=generator).reshape(b, 1, 1, *space)
         mean = self.means.gather(1, index.expand(b, 1, c, *space)).squeeze(1)
-        return mean + self.var.sqrt() * torch.randn((b, c, *space), **rand)
+        z = torch.randn((b, c, *space), generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + self.var.sqrt() * z
 
     # ---- the one operation ---------------------------------------------------------------------
 
@@ -233,7 +218,7 @@ class GaussianMixture:
         """The mean with the tilted weights (B,K,1,*S); ``shift`` has been divided by 1 + lambda v."""
         return self._weighted_sum(weights).mul_(shrink).addcmul_(self.var, shift)
 
-    def temperature(self, t: float) -> GaussianMixture:
+    def temperature(self, t: float) -> Mixture:
         r"""Sharpen (t < 1) or flatten (t > 1): log w <- log w / t renormalised, v <- t v.
 
         Equals p(x)^(1/t) renormalised where the components do not overlap; t = 1 is the identity.
@@ -245,7 +230,38 @@ class GaussianMixture:
         return GaussianMixture.from_logits(self.means, self.log_weights / t, self.log_std + 0.5 * math.log(t))
 
 
-class TiltedMixture(GaussianMixture):
+@dataclass(frozen=True, eq=False)
+class GaussianMixture(Mixture):
+    """A mixture of given tensors. ``log_weights`` must be normalised over K; build from raw logits with :meth:`from_logits`."""
+
+    means: Tensor        # (B,K,C,*S)
+    log_weights: Tensor  # (B,K,1,*S)
+    log_std: Tensor      # (B,1,1,*1)
+
+    def __post_init__(self) -> None:
+        if self.means.ndim < 3:
+            raise ValueError(f"means must be (B, K, C, *S), got {tuple(self.means.shape)}")
+        b, k, _, *space = self.means.shape
+        for name, want in (
+            ("log_weights", (b, k, 1, *space)),
+            ("log_std", (b, 1, 1) + (1,) * len(space)),
+        ):
+            got = tuple(getattr(self, name).shape)
+            if got != want:
+                raise ValueError(f"{name} must be {want} beside means {tuple(self.means.shape)}, got {got}")
+
+    @classmethod
+    def from_logits(cls, means: Tensor, logits: Tensor, log_std: Tensor) -> GaussianMixture:
+        """A mixture with weights softmax(logits) over K."""
+        return cls(means, logits.log_softmax(dim=1), log_std)
+
+    @property
+    def _needs_grad(self) -> bool:
+        return self.means.requires_grad or self.log_weights.requires_grad or self.log_std.requires_grad
+
+
+@dataclass(frozen=True, eq=False)
+class TiltedMixture(Mixture):
     r"""``base`` times ``factor``, renormalised; each tensor is computed when it is first read.
 
         mean_k <- (mean_k + v h) / (1 + lambda v)
@@ -256,8 +272,8 @@ class TiltedMixture(GaussianMixture):
     takes one inner product and one weighted sum of the base's means, not the tilted ones.
     """
 
-    def __init__(self, base: GaussianMixture, factor: GaussianFactor):
-        self.__dict__.update(base=base, factor=factor)  # the parent is frozen
+    base: Mixture
+    factor: GaussianFactor
 
     @property
     def _needs_grad(self) -> bool:

@@ -8,11 +8,12 @@ Shapes: B batch, K components, C channels, ``*S`` space, ``*1`` ones in its plac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .mixture import GaussianFactor, GaussianMixture, kept, per_sample
+from .mixture import GaussianFactor, GaussianMixture, Mixture, kept, per_sample
 
 
 def add_noise(x_0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
@@ -28,40 +29,42 @@ def forward_transition(x_low: Tensor, noise: Tensor, sigma_low: float | Tensor, 
     return ratio * x_low + (high.square() - (ratio * low).square()).clamp(min=0).sqrt() * noise
 
 
-class _Posterior(GaussianMixture):
+@dataclass(frozen=True, eq=False)
+class _Posterior(Mixture):
     """x_t - s u of a mixture over u; the means are computed when they are first read, and m without them."""
 
-    def __init__(self, velocity: GaussianMixture, x_t: Tensor, sigma: float | Tensor):
-        self.__dict__.update(_velocity=velocity, _x_t=x_t, _s=per_sample(sigma, velocity.means))  # the parent is frozen
+    velocity: Mixture
+    x_t: Tensor    # (B,C,*S)
+    sigma: Tensor  # () or (B,1,1,*1)
 
     @property
     def _needs_grad(self) -> bool:
-        return self._velocity._needs_grad or self._x_t.requires_grad or self._s.requires_grad
+        return self.velocity._needs_grad or self.x_t.requires_grad or self.sigma.requires_grad
 
     @property
     def log_weights(self) -> Tensor:
-        return self._velocity.log_weights
+        return self.velocity.log_weights
 
     @property
     def weights(self) -> Tensor:
-        return self._velocity.weights
+        return self.velocity.weights
 
     @kept
     def log_std(self) -> Tensor:
-        return self._velocity.log_std + self._s.log()
+        return self.velocity.log_std + self.sigma.log()
 
     @kept
     def means(self) -> Tensor:
-        return torch.addcmul(self._x_t.unsqueeze(1), self._s, self._velocity.means, value=-1)   # (B,K,C,*S)
+        return torch.addcmul(self.x_t.unsqueeze(1), self.sigma, self.velocity.means, value=-1)   # (B,K,C,*S)
 
     @kept
     def _mean(self) -> Tensor:
-        return torch.addcmul(self._x_t, per_sample(self._s, self._x_t), self._velocity.mean(), value=-1)
+        return torch.addcmul(self.x_t, per_sample(self.sigma, self.x_t), self.velocity.mean(), value=-1)
 
 
-def velocity_to_posterior(mixture: GaussianMixture, x_t: Tensor, sigma: float | Tensor) -> GaussianMixture:
+def velocity_to_posterior(mixture: Mixture, x_t: Tensor, sigma: float | Tensor) -> Mixture:
     r"""q(x_0 | x_t) from the mixture over u: mean_k <- x_t - s mean_k, log_std <- log_std + log s. s > 0."""
-    return _Posterior(mixture, x_t, sigma)
+    return _Posterior(mixture, x_t, per_sample(sigma, mixture.means))
 
 
 def likelihood_factor(x_t: Tensor, sigma: float | Tensor) -> GaussianFactor:
@@ -79,8 +82,8 @@ def reanchor_factor(x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sig
 
 
 def reanchor(
-    posterior: GaussianMixture, x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor
-) -> GaussianMixture:
+    posterior: Mixture, x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor
+) -> Mixture:
     r"""q(x_0 | x_tgt) from q(x_0 | x_src) without a network call. 0 < sigma_tgt <= sigma_src."""
     return posterior.tilt(reanchor_factor(x_src, sigma_src, x_tgt, sigma_tgt))
 
@@ -91,7 +94,7 @@ class Reanchoring:
     What does not depend on x is computed for all sigmas at once, for a solver asks at every substep.
     """
 
-    def __init__(self, posterior: GaussianMixture, x_src: Tensor, sigma_src: float, sigmas: Sequence[float]):
+    def __init__(self, posterior: Mixture, x_src: Tensor, sigma_src: float, sigmas: Sequence[float]):
         prior = posterior.tilt(-likelihood_factor(x_src, sigma_src))  # perhaps no distribution: only its factor is used
         self._base, self._shift = prior.base, prior.factor.shift
         self._weights = [(1 - s) / s**2 for s in sigmas]
@@ -118,7 +121,7 @@ def transition_coefficients(sigma: float | Tensor, sigma_next: float | Tensor) -
 
 
 def reverse_transition(
-    posterior: GaussianMixture, x_t: Tensor, sigma: float | Tensor, sigma_next: float | Tensor
+    posterior: Mixture, x_t: Tensor, sigma: float | Tensor, sigma_next: float | Tensor
 ) -> GaussianMixture:
     r"""q(x_next | x_t) as a mixture: the kernel applied to each component of the posterior (GMFlow, GM-SDE):
     mean_k <- c_x x_t + c_0 mean_k, v <- c_0^2 v + c_e^2."""

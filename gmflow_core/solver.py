@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .guidance import Guided, biased_target, mean_square, tilt_toward
-from .mixture import Gaussian, GaussianMixture
+from .mixture import Gaussian, Mixture
 from .path import Reanchoring, add_noise, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
 from .spectral import color_noise, gaussian_to_mixture
@@ -27,7 +27,7 @@ Spectrum = Callable[[Gaussian], Tensor]          # Gaussian that the posterior w
 class SolverHistory:
     """What the second order keeps of a step: the posterior after guidance, before correction."""
 
-    posterior: GaussianMixture
+    posterior: Mixture
     x: Tensor
     sigma: float
     step: float  # h = sigma - sigma_next
@@ -43,7 +43,7 @@ class StepInfo:
     sigma_next: float
     x: Tensor                    # (B,C,*S) the step's x_t
     guided: Guided               # before the second-order correction
-    posterior: GaussianMixture   # after it: what the step uses
+    posterior: Mixture           # after it: what the step uses
 
     @property
     def denoised(self) -> Tensor:
@@ -81,7 +81,7 @@ class SecondOrder:
 
 def correct(
     guided: Guided, x: Tensor, sigma: float, step: float, history: SolverHistory | None, options: SecondOrder
-) -> tuple[GaussianMixture, Gaussian]:
+) -> tuple[Mixture, Gaussian]:
     r"""The posterior corrected to second order (GMFlow, second-order solvers), and the N(m', v') it was tilted toward:
 
         bias = k (m - m_prev) sqrt(max(0, 1 - v_c ((w c_b)^2 + c_a)/h_prev^2)) + guidance bias, k = h/(2 h_prev),
@@ -104,7 +104,7 @@ def correct(
     return posterior, target
 
 
-def match_mean(guided: Guided, posterior: GaussianMixture, bias: Tensor, wanted: Tensor, steps: int) -> GaussianMixture:
+def match_mean(guided: Guided, posterior: Mixture, bias: Tensor, wanted: Tensor, steps: int) -> Mixture:
     """Repeat the tilt with an adjusted bias until the posterior's mean differs by ``wanted`` from the anchor's.
 
     Each round moves the bias by the error left, damped per pixel by |bias| / |shift got| where that is below one.
@@ -143,7 +143,7 @@ def sample_gm_ode(
     in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (GMFlow, GM-ODE).
     """
 
-    def advance(x: Tensor, posterior: GaussianMixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
+    def advance(x: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
         grid = substep_sigmas(sigma, sigma_next, substeps, shift)
         later = Reanchoring(posterior, x, sigma, grid[1:-1]) if substeps > 1 else None
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
@@ -181,7 +181,7 @@ def sample_gm_sde(
     if noise_sampler is None:
         noise_sampler = lambda sigma, sigma_next: torch.randn_like(x)  # noqa: E731
 
-    def advance(x: Tensor, posterior: GaussianMixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
+    def advance(x: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
         z = noise_sampler(sigma, sigma_next)
         if spectrum is not None:
             z = color_noise(z, spectrum(target))

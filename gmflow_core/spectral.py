@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .mixture import GaussianMixture, space_axes
+from .mixture import Mixture, space_axes
 
 _SQRT_HALF = math.sqrt(0.5)
 _LOG2_E = math.log2(math.e)
@@ -32,7 +32,7 @@ def color_noise(white: Tensor, log_power: Tensor) -> Tensor:
     return hartley(white * (0.5 * log_power).exp())
 
 
-def principal_axes(mixture: GaussianMixture) -> Tensor:
+def principal_axes(mixture: Mixture) -> Tensor:
     """Eigenvectors of the space-averaged covariance as columns, descending: (B,C,C).
 
     Each column's sign makes its largest entry positive, so that a draw does not depend on the
@@ -64,7 +64,7 @@ def _per_sample(columns: Tensor, like: Tensor) -> Tensor:
     return columns.reshape(c, b, -1).transpose(0, 1).reshape(like.shape)
 
 
-def gaussian_to_mixture(mixture: GaussianMixture, z: Tensor, axes: Tensor | None = None) -> Tensor:
+def gaussian_to_mixture(mixture: Mixture, z: Tensor, axes: Tensor | None = None) -> Tensor:
     r"""The Knothe-Rosenblatt map: a standard normal z (B,C,*S) to a draw of the mixture (B,C,*S).
 
     Along axis j, with component weights given the previous axes: x_j = F_j^-1(Phi(z_j)).
@@ -84,7 +84,7 @@ def gaussian_to_mixture(mixture: GaussianMixture, z: Tensor, axes: Tensor | None
     return mixture.mean() + std * (axes @ x.reshape(*z.shape[:2], -1)).reshape(z.shape)
 
 
-def mixture_to_gaussian(mixture: GaussianMixture, x: Tensor, axes: Tensor | None = None) -> Tensor:
+def mixture_to_gaussian(mixture: Mixture, x: Tensor, axes: Tensor | None = None) -> Tensor:
     r"""The inverse map: a point x (B,C,*S) of the mixture to z (B,C,*S), z_j = Phi^-1(F_j(x_j)).
 
     Exact far out in the tails: the CDF is taken in log space there.

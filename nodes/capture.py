@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gmflow_core import GaussianMixture, Guided, unguided, velocity_to_posterior
+from ..gmflow_core import GaussianMixture, Guided, Mixture, unguided, velocity_to_posterior
 from ..gmflow_core.model import unpack_mixture
 from .model_info import ModelInfo
 
@@ -67,7 +67,7 @@ def gather(capture: Capture, conds: list[dict], info: ModelInfo, x, sigma: float
     return pool(posteriors, [cond.get("strength", 1.0) for cond in found])
 
 
-def pool(mixtures: Sequence[GaussianMixture], strengths: Sequence[float]) -> GaussianMixture:
+def pool(mixtures: Sequence[Mixture], strengths: Sequence[float]) -> Mixture:
     r"""sum_i s_i q_i with s = strengths / sum: the components of all, with v = sum_i s_i v_i.
 
     One shared v keeps the mean and the isotropic variance of the sum exact at every pixel.
@@ -82,12 +82,12 @@ def pool(mixtures: Sequence[GaussianMixture], strengths: Sequence[float]) -> Gau
     return GaussianMixture(torch.cat([m.means for m in mixtures], dim=1), logits, 0.5 * var.log())
 
 
-def moved(posterior: GaussianMixture, mean: Tensor) -> GaussianMixture:
+def moved(posterior: Mixture, mean: Tensor) -> GaussianMixture:
     """The posterior shifted as a whole so that its mean is ``mean`` (B,C,*S): what vanilla CFG does to a mixture."""
     shift = (mean - posterior.mean()).unsqueeze(1)
     return GaussianMixture(posterior.means + shift, posterior.log_weights, posterior.log_std)
 
 
-def guided_by_mean(posterior: GaussianMixture, mean: Tensor) -> Guided:
+def guided_by_mean(posterior: Mixture, mean: Tensor) -> Guided:
     """A conditional posterior and the mean that somebody else's guidance made of it."""
     return unguided(moved(posterior, mean))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..gmflow_core import GaussianMixture, Guided, guide_cfg, guide_probabilistic
+from ..gmflow_core import Guided, Mixture, guide_cfg, guide_probabilistic
 from ..gmflow_core.guidance import PUBLISHED_SCALE, check_guidance
 
 METHODS = ("probabilistic", "vanilla CFG")
@@ -35,7 +35,7 @@ class Guidance:
         on = self.scale > 0 if self.method == METHODS[0] else self.cfg_scale > 1
         return on and self.interval[1] <= sigma <= self.interval[0]
 
-    def __call__(self, cond: GaussianMixture, uncond: GaussianMixture) -> Guided:
+    def __call__(self, cond: Mixture, uncond: Mixture) -> Guided:
         if self.method == METHODS[0]:
             return guide_probabilistic(cond, uncond, self.scale, self.orthogonal)
         return guide_cfg(cond, uncond, self.cfg_scale)

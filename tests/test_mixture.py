@@ -1,6 +1,7 @@
 """Isotropic mixtures against torch.distributions, an exact prior and recorded numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,18 @@ def test_tilts_of_a_tilt_are_those_of_its_tensors(rng):
     assert_same_mixture(m.tilt(f).tilt(g), expected, 1e-13)
     torch.testing.assert_close(m.tilt(f).tilted_mean(g), expected.mean())
     assert_same_mixture(m.tilt(f).tilt(g).temperature(0.5).tilt(h), tilted_by_hand(expected.temperature(0.5), h), 1e-13)
+
+
+def test_values_can_be_replaced(rng):
+    """A tilt is a value of two parts, a mixture of three tensors: a copy with another part is that part's own."""
+    m, other = random_mixture(rng), random_mixture(rng)
+    f, g = random_factor(rng, m, low=0), random_factor(rng, m, low=0)
+    tilted = m.tilt(f)
+    tilted.mean()  # what was worked out of the old parts does not come along
+    assert_same_mixture(replace(tilted, factor=g), tilted_by_hand(m, g), 1e-13)
+    assert_same_mixture(replace(tilted, base=other), tilted_by_hand(other, f), 1e-13)
+    flat = replace(m, log_weights=torch.full_like(m.log_weights, -math.log(3)))
+    torch.testing.assert_close(flat.mean(), m.means.mean(1))
 
 
 def test_the_mean_of_a_tilt_needs_no_tilted_means(rng):

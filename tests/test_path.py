@@ -1,5 +1,7 @@
 """The path and its kernels: against Bayes by hand, an exact prior and recorded numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import ExactPrior, log_density, random_mixture
@@ -79,6 +81,13 @@ def test_velocity_mixture_becomes_the_law_of_x_0(rng, sigma):
     got = log_density(velocity_to_posterior(u, x_t, sigma), x_0)
     expected = log_density(u, (x_t - x_0) / sigma) - 3 * scalar(sigma).log()
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_posterior_can_be_replaced(rng):
+    u, x = random_mixture(rng), torch.randn(2, 2, 2, 3, 4, generator=rng, dtype=torch.float64)
+    posterior = velocity_to_posterior(u, x[0], 0.6)
+    posterior.mean()  # what was worked out of the old x does not come along
+    assert_same_mixture(replace(posterior, x_t=x[1]), velocity_to_posterior(u, x[1], 0.6), 0)
 
 
 def test_velocity_to_posterior_takes_a_sigma_per_sample(rng):

@@ -11,6 +11,7 @@ from gmflow_core import (
     GaussianMixture,
     GMDenoiser,
     Inpaint,
+    Mixture,
     add_noise,
     flow_sigmas,
     sample_gm_ode,
@@ -222,7 +223,7 @@ def test_callback_sees_every_step(x, solver):
     for info, (x_asked, sigma) in zip(seen, asked, strict=True):
         assert info.x is x_asked and info.sigma == sigma
         torch.testing.assert_close(info.denoised, info.posterior.mean())
-        assert isinstance(info.posterior, GaussianMixture)
+        assert isinstance(info.posterior, Mixture)
     assert torch.equal(seen[0].x, x)
     corrected = [info.posterior is not info.guided.posterior for info in seen]
     assert corrected == [False] + [solver.endswith("2")] * 3

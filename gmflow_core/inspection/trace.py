@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..files import write_safetensors
 from ..guidance import Guided
-from ..mixture import GaussianFactor, GaussianMixture, TiltedMixture
+from ..mixture import GaussianFactor, GaussianMixture, Mixture, TiltedMixture
 from ..solver import StepInfo
 from .beliefs import tilt_divergence
 
@@ -66,12 +66,12 @@ class Recorder:
         factor = self._first_factor(guided.target.factor() - guided.anchor.factor())
         return _half(tilt_divergence(guided.base.map(self._first), factor))
 
-    def _mixtures(self, guided: Guided, posterior: GaussianMixture) -> tuple[GaussianMixture, ...]:
+    def _mixtures(self, guided: Guided, posterior: Mixture) -> tuple[GaussianMixture, ...]:
         parts = {id(part): part for part in (guided.base, guided.posterior, posterior)}  # often one: kept once
         stored = {name: self._first_images(part).map(_half) for name, part in parts.items()}
         return stored[id(guided.base)], stored[id(guided.posterior)], stored[id(posterior)]
 
-    def _first_images(self, mixture: GaussianMixture) -> GaussianMixture:
+    def _first_images(self, mixture: Mixture) -> Mixture:
         """Of the first images alone: a tilt is only worked out for what is kept."""
         if isinstance(mixture, TiltedMixture):
             return mixture.base.map(self._first).tilt(self._first_factor(mixture.factor))

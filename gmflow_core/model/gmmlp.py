@@ -33,6 +33,16 @@ class GMMLPConfig:
     def in_channels(self) -> int:
         return 2
 
+    @property
+    def num_classes(self) -> None:
+        """There are none."""
+        return None
+
+    @property
+    def sample_size(self) -> None:
+        """Points have no size."""
+        return None
+
     def to_dict(self) -> dict:
         return asdict(self)
 
