@@ -5,7 +5,7 @@ from .denoiser import GMDenoiser
 from .guidance import Guided, guide_cfg, guide_probabilistic, probabilistic_guidance, unguided
 from .mixture import Gaussian, GaussianFactor, GaussianMixture, Mixture
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP
-from .objective import mixture_nll, spectral_loss, transition_loss
+from .objective import mean_loss, mixture_nll, spectral_loss, transition_loss
 from .path import add_noise, reanchor, reverse_transition, velocity_to_posterior
 from .schedule import flow_sigmas
 from .solver import Inpaint, SecondOrder, SolverHistory, StepInfo, sample_gm_ode, sample_gm_sde
@@ -15,7 +15,7 @@ __all__ = [
     "Checkpoint", "CheckpointError", "GMDenoiser", "GMDiT", "GMDiTConfig", "GMMLP", "GMMLPConfig", "Gaussian",
     "GaussianFactor", "GaussianMixture", "Guided", "Inpaint", "Mixture", "SecondOrder", "SolverHistory", "SpectrumConfig",
     "SpectrumMLP", "StepInfo", "add_noise", "flow_sigmas", "gaussian_to_mixture", "guide_cfg", "guide_probabilistic",
-    "load_checkpoint", "mixture_nll", "mixture_to_gaussian", "probabilistic_guidance", "reanchor",
+    "load_checkpoint", "mean_loss", "mixture_nll", "mixture_to_gaussian", "probabilistic_guidance", "reanchor",
     "reverse_transition", "sample_gm_ode", "sample_gm_sde", "save_checkpoint", "spectral_loss", "transition_loss",
     "unguided", "velocity_to_posterior",
 ]

@@ -47,6 +47,21 @@ def transition_loss(velocity: GaussianMixture, x_high: Tensor, sigma: Tensor, x_
     return mixture_nll(reverse_transition(posterior, x_high, sigma, sigma_low), x_low)
 
 
+def mean_loss(velocity: GaussianMixture, x_0: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
+    r"""Squared error of the mixture's mean, weighed as one Gaussian per sample would: |u - m|^2 / (2 v), summed over C
+    and averaged over pixels: (B,).
+
+    u = (x_t - x_0)/sigma; m the mean of the velocity mixture; v its total variance (:meth:`GaussianMixture.moments`)
+    averaged over space, without gradient. Not in the paper: the transition loss alone leaves the mean of K > 1
+    components less exact than that of K = 1.
+    """
+    u = (x_t - x_0) / per_sample(sigma, x_0)
+    with torch.no_grad():
+        var = velocity.map(Tensor.detach).moments().var.flatten(1).mean(1)                  # (B,)
+    distances = (u - velocity.mean()).square().sum(1, keepdim=True).flatten(1).mean(1)      # (B,)
+    return 0.5 * distances / var
+
+
 def spectral_loss(velocity: GaussianMixture, x_0: Tensor, x_t: Tensor, sigma: Tensor, spectrum) -> Tensor:
     r"""Gaussian NLL of the Hartley coefficients of z = KR^-1(u) under the predicted spectrum (GMFlow, spectral sampling):
     C/2 mean(y^2 (exp(-log_power) - 1) + log_power), y = Hartley(z). No gradient reaches the mixture: (B,).

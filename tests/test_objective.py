@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from oracle import ExactPrior, log_density, random_mixture
+from oracle import ExactPrior, as_distribution, log_density, random_mixture
 from recorded import assert_close, load, mixture, recorded_axes, small_network, small_spectrum
 
 from gmflow_core import (
     GaussianMixture,
+    mean_loss,
     mixture_nll,
     objective as objective_module,
     spectral_loss,
@@ -152,6 +153,37 @@ def test_bad_ratios_are_refused(ratio):
     zeros = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="ratio"):
         transition_pair(zeros, torch.tensor([0.5]), ratio, zeros, zeros)
+
+
+# ---- mean loss -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("space", [(), (3, 4)], ids=str)
+def test_mean_loss_against_torch_distributions(rng, space):
+    """Value and gradients: 1/2 |u - m|^2 / v with m and v of torch's own mixture, v one constant a sample."""
+    leaf = leaves(random_mixture(rng, b=3, k=4, c=3, space=space))
+    m = GaussianMixture.from_logits(leaf.means, leaf.log_weights, leaf.log_std)      # theirs normalise once more, too
+    x_0, x_t = torch.randn(2, 3, 3, *space, generator=rng, dtype=torch.float64)
+    sigma = torch.tensor([0.9, 0.3, 0.05], dtype=torch.float64)
+    loss = mean_loss(m, x_0, x_t, sigma)
+    assert loss.shape == (3,)
+    theirs = as_distribution(m)
+    variance = [theirs.variance[b].mean().item() for b in range(3)]                 # over C and space
+    error = (x_t - x_0).movedim(1, -1) / sigma.reshape(-1, *[1] * (x_0.ndim - 1)) - theirs.mean
+    expected = torch.stack([error[b].square().sum(-1).mean() / (2 * variance[b]) for b in range(3)])
+    torch.testing.assert_close(loss, expected)
+    inputs, each = [leaf.means, leaf.log_weights], torch.arange(1.0, 4).double()
+    assert torch.autograd.grad(loss.sum(), leaf.log_std, allow_unused=True, retain_graph=True)[0] is None
+    for a, b in zip(torch.autograd.grad(each @ loss, inputs, retain_graph=True), torch.autograd.grad(each @ expected, inputs)):
+        torch.testing.assert_close(a, b)
+
+
+def test_mean_loss_of_one_gaussian_is_its_nll_without_the_deviation(rng):
+    """K = 1: -log N(u; m, v) - (C/2) log 2 pi = |u - m|^2 / (2 v) + C log std."""
+    m = random_mixture(rng, k=1, c=3)
+    x_0, x_t = torch.randn(2, 2, 3, 3, 4, generator=rng, dtype=torch.float64)
+    sigma = torch.tensor([0.9, 0.3], dtype=torch.float64)
+    u = (x_t - x_0) / sigma.reshape(2, 1, 1, 1)
+    torch.testing.assert_close(mean_loss(m, x_0, x_t, sigma), mixture_nll(m, u) - 3 * m.log_std.flatten())
 
 
 # ---- spectral loss ---------------------------------------------------------------------------------

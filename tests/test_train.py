@@ -10,12 +10,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig, load_checkpoint
+from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig, load_checkpoint, mean_loss
+from gmflow_core.objective import transition_pair
 from train.config import PRESETS, TrainConfig, override
 from train.data.checkerboard import Checkerboard
 from train.data.digits import INKS, Digits
 from train.report import REPORT
-from train.step import build, figures, learning_rate, losses, parameter_groups, step_generator, step_inputs, tally
+from train.step import (
+    build,
+    figures,
+    learning_rate,
+    losses,
+    parameter_groups,
+    predict,
+    step_generator,
+    step_inputs,
+    tally,
+)
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer
 
 CPU = torch.device("cpu")
@@ -93,6 +104,33 @@ def test_checkpoint_loads_and_holds_the_moving_average(tmp_path):
         assert torch.equal(checkpoint.model.state_dict()[name], value)
         if value.numel() > 1000:
             assert not torch.equal(trainer.nets["model"].state_dict()[name], value)
+
+
+def test_the_mean_term_is_added_once_with_its_weight():
+    """loss(w) = loss(0) + w mean, on the same draws; the transition weight does not scale it, the log shows all three."""
+    with pytest.raises(ValueError, match="mean_weight must be 0"):
+        override(PRESETS["digits-vanilla"], ["mean_weight=1"])
+    nets, inputs = build(TINY, CPU), step_inputs(TINY, Digits.load(), 0)
+    without = losses(nets, TINY, inputs)
+    terms = losses(nets, replace(TINY, mean_weight=3.0), inputs)
+    _, _, x_high = transition_pair(inputs.x_0, inputs.sigma, TINY.transition_ratio, *inputs.noises)
+    velocity = predict(nets["model"], x_high, inputs.sigma, inputs.labels, "float32")
+    expected = 3 * mean_loss(velocity, inputs.x_0, x_high, inputs.sigma)
+    assert "mean" not in without and (expected > 0).all()
+    torch.testing.assert_close(terms["mean"], expected.detach())
+    torch.testing.assert_close(terms["loss"], without["loss"] + expected)
+    assert torch.equal(terms["transition"], without["transition"]) and torch.equal(terms["spectral"], without["spectral"])
+
+
+def test_a_run_without_the_mean_term_is_the_one_it_always_was(tmp_path):
+    """Configurations and files of runs that did not know the setting: the same bytes, and they go on."""
+    assert "mean_weight" not in TINY.to_dict() and replace(TINY, mean_weight=2.0).to_dict()["mean_weight"] == 2.0
+    trainer = Trainer(TINY, tmp_path, CPU)
+    trainer.save()
+    assert "mean_weight" not in load_checkpoint(tmp_path / CHECKPOINT).training["config"]
+    assert Trainer(TINY, tmp_path, CPU).step == 0
+    with pytest.raises(ValueError, match=r"another configuration \(mean_weight: 0.0 there, 2.0 asked for\)"):
+        Trainer(replace(TINY, mean_weight=2.0), tmp_path, CPU)
 
 
 def test_every_parameter_learns():
@@ -208,6 +246,7 @@ def test_checkerboard_support():
     ("model.num_layers=0", "num_layers must be a whole number >= 1"),
     ("transition_ratio=0", r"must be in \(0, 1\]"),
     ("loss=l1", "loss must be one of transition, l2"),
+    ("mean_weight=-1", "mean_weight must be >= 0, got -1"),
     ("loss=l2", "needs model.num_gaussians=1"),
     ("lr.x=1", "lr has no fields"),
 ])

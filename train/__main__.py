@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gmflow_core.checkpoint import convert
 
-from .config import PRESETS, TrainConfig, override
+from .config import LATER, PRESETS, TrainConfig, override
 from .console import attempt
 from .preview import save_samples
 from .report import write_report
@@ -104,7 +104,8 @@ def dry_run(config: TrainConfig, team: Team) -> None:
     trainer = Trainer(replace(config, batch_size=size, accumulate=1), None, team.device, team)
     numbers = trainer.train_step()
     if team.first:
-        print(json.dumps(replace(trainer.config, batch_size=config.batch_size, accumulate=config.accumulate).to_dict(), indent=2))
+        whole = replace(trainer.config, batch_size=config.batch_size, accumulate=config.accumulate)
+        print(json.dumps(LATER | whole.to_dict(), indent=2))
         flops = forward_flops(trainer.config.model)
         print(f"{sum(p.numel() for p in trainer.nets.parameters()):,} parameters on {team.device}, {flops / 1e9:.3g} GFLOP a sample")
         print(json.dumps({name: short(value) for name, value in numbers.items()}))

@@ -13,6 +13,7 @@ DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations", "compile", "tf32",
         "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
+LATER = {"mean_weight": 0.0}         # settings that older runs did not have, at what they did
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TrainConfig:
     transition_ratio: float = 0.5
     transition_weight: float = 2.0
     spectral_weight: float = 1.0
+    mean_weight: float = 0.0                 # squared error of the mixture's mean; 0, the published loss, has none
     label_dropout: float = 0.1
     time_distribution: str = "logit-normal"  # or "uniform"
     time_mean: float = 0.0                   # of the logit-normal
@@ -82,7 +84,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("warmup", "clip_from", "weight_decay", "spectral_weight"):
+        for name in ("warmup", "clip_from", "weight_decay", "spectral_weight", "mean_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name, low, high in (("transition_ratio", 0, 1), ("label_dropout", 0, 1), ("ema_decay", 0, 1)):
@@ -93,6 +95,8 @@ class TrainConfig:
             raise ValueError(f"lr must be > 0, got {self.lr}")
         if self.loss == "l2" and (self.model.num_gaussians != 1 or self.model.constant_logstd is None):
             raise ValueError("loss l2 needs model.num_gaussians=1 and a model.constant_logstd")
+        if self.loss == "l2" and self.mean_weight:
+            raise ValueError("loss l2 is the squared error of the mean alone: mean_weight must be 0")
         if self.parallel == "fsdp" and (self.optimizer, self.ema_device) != ("adamw", "same"):
             raise ValueError(f"parallel fsdp shares out what optimizer=adamw and ema_device=same keep; got optimizer {self.optimizer!r}, "
                              f"ema_device {self.ema_device!r}: set these two, or parallel=ddp")
@@ -100,13 +104,15 @@ class TrainConfig:
             _check_spectrum(self.spectrum, self.model)
 
     def to_dict(self) -> dict:
-        """Plain JSON types, as stored in checkpoints and compared on resume."""
-        return json.loads(json.dumps(asdict(self)))
+        """Plain JSON types, as stored in checkpoints and compared on resume; without the later settings where they change nothing."""
+        plain = json.loads(json.dumps(asdict(self)))
+        return {k: v for k, v in plain.items() if k not in LATER or v != LATER[k]}
 
 
 def changes(before: dict, after: dict) -> list[str]:
     """In words, where two configurations (dicts) differ that must be the same throughout a run."""
     free = FREE + (("steps",) if before["lr_decay"] == after["lr_decay"] == "constant" else ())
+    before, after = LATER | before, LATER | after
     return [f"{k}: {before.get(k)} there, {after[k]} asked for" for k in after if before.get(k) != after[k] and k not in free]
 
 

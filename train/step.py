@@ -18,6 +18,7 @@ from gmflow_core import (
     GMDiT,
     GMDiTConfig,
     SpectrumMLP,
+    mean_loss,
     mixture_nll,
     spectral_loss,
     transition_loss,
@@ -126,10 +127,14 @@ def losses(nets: nn.ModuleDict, config: TrainConfig, inputs: Inputs) -> dict[str
     sigma_low, x_low, x_high = transition_pair(x_0, sigma, config.transition_ratio, *inputs.noises)
     velocity = predict(nets["model"], x_high, sigma, labels, config.precision)
     transition = config.transition_weight * transition_loss(velocity, x_high, sigma, x_low, sigma_low)
-    terms = {"sigma": sigma, "loss": transition}
+    others = {}
     if "spectrum" in nets:
-        spectral = config.spectral_weight * spectral_loss(velocity, x_0, x_high, sigma, nets["spectrum"])
-        terms |= {"loss": transition + spectral, "transition": transition.detach(), "spectral": spectral.detach()}
+        others["spectral"] = config.spectral_weight * spectral_loss(velocity, x_0, x_high, sigma, nets["spectrum"])
+    if config.mean_weight:
+        others["mean"] = config.mean_weight * mean_loss(velocity, x_0, x_high, sigma)
+    terms = {"sigma": sigma, "loss": sum(others.values(), transition)}
+    if others:
+        terms |= {name: term.detach() for name, term in {"transition": transition, **others}.items()}
     return terms | usage(velocity)
 
 
