@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = ROOT / "tests" / "data" / "schema_snapshot.json"
 BUNDLED = ROOT / "models" / "gmdit_digits.safetensors"
 API = sorted((ROOT / "workflows" / "api").glob("*.json"))
+API_0_1_0 = sorted((ROOT / "tests" / "data" / "workflows_0_1_0" / "api").glob("*.json"))
 
 
 def pack(host) -> dict[str, dict]:
@@ -109,7 +110,10 @@ def test_imagenet_class_menu(digits):
 
 # ---- committed workflows -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", [p for p in API if "imagenet" not in p.stem], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in API + API_0_1_0 if "imagenet" not in p.stem],
+    ids=lambda p: f"{'0.1.0 ' * (p in API_0_1_0)}{p.stem}",
+)
 def test_workflow_runs(host, recognised, path):
     prompt = json.loads(path.read_text(encoding="utf-8"))
     result = host.done(prompt)
