@@ -15,6 +15,7 @@ from torch import Tensor
 from .mixture import Gaussian, GaussianFactor, GaussianMixture, Mixture, space_axes
 
 PUBLISHED_SCALE = 0.45  # of probabilistic guidance, in the published examples
+TILTS = ("published", "limited")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,28 @@ def biased_target(anchor: Gaussian, bias: Tensor) -> Gaussian:
     return Gaussian(anchor.mean + bias, anchor.var * (1 - power).clamp(min=1e-6))
 
 
+def limited_target(base: Mixture, anchor: Gaussian, target: Gaussian) -> Gaussian:
+    r"""The target with each pixel's bias b = m' - m_c divided by max(1, g), g = b^T Sigma b / (v_c |b|^2); v' stays.
+
+    A tilt toward a target moves the mean of a pixel of covariance Sigma by Sigma b / v_c to first order: g is how much
+    too far along b. Where the pixel is its anchor, Sigma = v_c I, g is one. Where b is zero, it stays zero.
+    """
+    bias = target.mean - anchor.mean
+    gain = base.variance_along(bias) / (anchor.var * bias.square().sum(1, keepdim=True))     # (B,1,*S)
+    return Gaussian(anchor.mean + bias / torch.nan_to_num(gain, nan=1.0).clamp(min=1), target.var)
+
+
+def choose_target(base: Mixture, anchor: Gaussian, target: Gaussian, tilt: str) -> Gaussian:
+    """What a tilt of this name goes toward: the target itself ("published") or :func:`limited_target` ("limited")."""
+    return target if tilt == "published" else limited_target(base, anchor, target)
+
+
+def check_tilt(tilt: str) -> None:
+    """ValueError for a name that is none of TILTS."""
+    if tilt not in TILTS:
+        raise ValueError(f"tilt must be one of {', '.join(TILTS)}, got {tilt!r}")
+
+
 def tilt_toward(base: Mixture, anchor: Gaussian, target: Gaussian) -> Mixture:
     """Tilt ``base`` by target / anchor: were base its anchor, it would become the target."""
     precision, undo = target.var.reciprocal(), anchor.var.reciprocal()
@@ -84,15 +107,18 @@ def guidance_bias(cond: Gaussian, uncond_mean: Tensor, scale: float, orthogonal:
     return d * torch.nan_to_num(scale * strength, posinf=0)
 
 
-def guide_probabilistic(cond: Mixture, uncond: Mixture, scale: float, orthogonal: float = 1.0) -> Guided:
-    """Probabilistic guidance with scale w in [0, 1) (not a CFG scale) and projection strength in [0, 1]."""
+def guide_probabilistic(
+    cond: Mixture, uncond: Mixture, scale: float, orthogonal: float = 1.0, tilt: str = "published"
+) -> Guided:
+    """Probabilistic guidance with scale w in [0, 1) (not a CFG scale), projection strength in [0, 1] and a tilt of TILTS."""
     check_guidance(scale, orthogonal)
+    check_tilt(tilt)
     if scale == 0:
         return unguided(cond)
     anchor = moment_anchor(cond)
     bias = guidance_bias(anchor, uncond.mean(), scale, orthogonal)
     # Not biased_target: v' is v_c (1 - w^2) even where the bias vanishes because the two means agree.
-    target = Gaussian(anchor.mean + bias, anchor.var * (1 - scale**2))
+    target = choose_target(cond, anchor, Gaussian(anchor.mean + bias, anchor.var * (1 - scale**2)), tilt)
     return Guided(tilt_toward(cond, anchor, target), cond, anchor, target, bias, scale)
 
 

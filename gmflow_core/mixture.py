@@ -156,6 +156,15 @@ class Mixture:
         between = (flat * self.weights.reshape(b, 1, -1)) @ flat.mT / math.prod(space)
         return between + torch.eye(c, dtype=flat.dtype, device=flat.device) * self.var.reshape(b, 1, 1)
 
+    def variance_along(self, direction: Tensor) -> Tensor:
+        r"""b^T Sigma b = sum_k w_k ((mean_k - m).b)^2 + v |b|^2 of each pixel for b (B,C,*S), shape (B,1,*S)."""
+        offsets = torch.zeros_like(self._by_channel[0])                         # (B,K,*S), (mean_k - m).b
+        parts = zip(self._by_channel, self.mean().unsqueeze(1).unbind(2), direction.unsqueeze(1).unbind(2), strict=True)
+        for mean_c, m_c, b_c in parts:
+            offsets.addcmul_(mean_c - m_c, b_c)
+        between = (self.weights.squeeze(2) * offsets.square()).sum(1, keepdim=True)
+        return between + self.var * direction.square().sum(1, keepdim=True)
+
     # ---- density -------------------------------------------------------------------------------
 
     def component_log_prob(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .guidance import Guided, biased_target, mean_square, tilt_toward
+from .guidance import Guided, biased_target, check_tilt, choose_target, mean_square, tilt_toward
 from .mixture import Gaussian, Mixture
 from .path import Reanchoring, add_noise, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
@@ -77,6 +77,10 @@ class SecondOrder:
     c_a: float = 0.005
     c_b: float = 1.0
     correction_steps: int = 0
+    tilt: str = "published"  # or "limited": no pixel's mean moves further than asked, see guidance.limited_target
+
+    def __post_init__(self) -> None:
+        check_tilt(self.tilt)
 
 
 def correct(
@@ -96,10 +100,11 @@ def correct(
     doubt = guided.anchor.var * (((guided.scale * options.c_b) ** 2 + options.c_a) / history.step**2)
     difference = (mean - mean_prev) * ((1 - doubt).clamp(min=0).sqrt() * (step / (2 * history.step)))
     bias = difference if guided.bias is None else difference + guided.bias
-    target = biased_target(guided.anchor, bias)
+    target = choose_target(guided.base, guided.anchor, biased_target(guided.anchor, bias), options.tilt)
     posterior = tilt_toward(guided.base, guided.anchor, target)
     if options.correction_steps:
         wanted = difference + mean - guided.anchor.mean
+        bias = bias if options.tilt == "published" else target.mean - guided.anchor.mean
         posterior = match_mean(guided, posterior, bias, wanted, options.correction_steps)
     return posterior, target
 
