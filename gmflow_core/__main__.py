@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from .cli import Parser, UsageError, number, sample_images
-from .sampler import SOLVERS, SamplerOptions
+from .guidance import TILTS
+from .sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
 from .solver import SecondOrder
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -60,11 +61,15 @@ def add_sampling(parser) -> None:
     parser.add_argument("--order", type=number(int, 1, 2), default=2, help="of the solver (default 2)")
     parser.add_argument("--corrections", type=number(int, 0, 100), default=0,
                         help="correction steps of order 2 (default 0; 2 helps without guidance)")
+    parser.add_argument("--tilt", choices=TILTS, default=SECOND_ORDER_TILT,
+                        help=f"of order 2: limited moves no pixel further than asked (default {SECOND_ORDER_TILT})")
     parser.add_argument("--steps", type=number(int, 1, 10_000), default=8, help="network steps (default 8)")
     parser.add_argument("--substeps", type=number(int, 1, 100_000), help="of GM-ODE, per step (default ceil(128 / steps))")
     parser.add_argument("--shift", type=number(float, 1e-3, 1e3), default=1.0, help="time shift of the grid (default 1)")
     parser.add_argument("--guidance", type=number(float, 0, 1, high_open=True), default=0.3,
                         help="probabilistic guidance in [0, 1), not a CFG scale (default 0.3)")
+    parser.add_argument("--guidance-tilt", choices=TILTS, default=GUIDANCE_TILT,
+                        help=f"likewise of guidance (default {GUIDANCE_TILT})")
     parser.add_argument("--orthogonal", type=number(float, 0, 1), default=1.0, help="orthogonal projection (default 1)")
     parser.add_argument("--temperature", type=number(float, 1e-3, 1e3), default=1.0)
     parser.add_argument("--no-spectrum", action="store_true", help="GM-SDE with white noise")
@@ -98,11 +103,11 @@ def sample_as_asked(args, checkpoint, labels, **rest):
     """Images of a checkpoint with the arguments of :func:`add_sampling`."""
     options = SamplerOptions(
         args.solver, args.order, args.substeps or 0, not args.no_spectrum,
-        SecondOrder(correction_steps=args.corrections), args.temperature, args.shift,
+        SecondOrder(correction_steps=args.corrections, tilt=args.tilt), args.temperature, args.shift,
     )
     return sample_images(
         checkpoint, labels, options, steps=args.steps, guidance=args.guidance, orthogonal=args.orthogonal,
-        seed=args.seed, **rest,
+        guidance_tilt=args.guidance_tilt, seed=args.seed, **rest,
     )
 
 

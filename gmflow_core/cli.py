@@ -53,6 +53,7 @@ def sample_images(
     steps: int = 8,
     guidance: float = PUBLISHED_SCALE,
     orthogonal: float = 1.0,
+    guidance_tilt: str = "published",
     seed: int = 0,
     batch_size: int = 64,
     callback=None,
@@ -65,7 +66,8 @@ def sample_images(
         indices = range(start, min(start + batch_size, total))
         noise = ImageNoise(seed, indices, sample_shape(checkpoint), device)
         chosen = None if labels is None else torch.tensor([labels[i] for i in indices], device=device)
-        denoiser = GMDenoiser(checkpoint.model, chosen, guidance if labels is not None else 0.0, orthogonal)
+        scale = guidance if labels is not None else 0.0
+        denoiser = GMDenoiser(checkpoint.model, chosen, scale, orthogonal, tilt=guidance_tilt)
         x = sample(
             denoiser, noise(), sigmas, options, spectrum=checkpoint.spectrum, noise_sampler=noise, callback=callback
         )

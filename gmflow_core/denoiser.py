@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .guidance import Guided, check_guidance, guide_cfg, guide_probabilistic, unguided
+from .guidance import Guided, check_guidance, check_tilt, guide_cfg, guide_probabilistic, unguided
 from .mixture import Mixture
 from .model import GMMLP, GMDiT
 from .path import velocity_to_posterior
@@ -27,8 +27,8 @@ class GMDenoiser:
     ``labels``: one class index per image (B,), or None for the null label throughout.
     ``guidance``: probabilistic scale in [0, 1), or with ``method="cfg"`` a CFG scale >= 1 (1 is none).
     ``orthogonal``: strength in [0, 1] of the orthogonal projection. ``interval``: (start, end)
-    sigmas, 1 >= start >= end >= 0; guidance acts at end <= sigma <= start.
-    ``temperature``: see :meth:`GaussianMixture.temperature`; acts on the guided posterior.
+    sigmas, 1 >= start >= end >= 0; guidance acts at end <= sigma <= start. ``tilt``: that of
+    probabilistic guidance, of :data:`~gmflow_core.guidance.TILTS`.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class GMDenoiser:
         *,
         method: str = "probabilistic",
         interval: tuple[float, float] = (1.0, 0.0),
+        tilt: str = "published",
     ):
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -51,7 +52,9 @@ class GMDenoiser:
         if not 1 >= start >= end >= 0:
             raise ValueError(f"interval must be (start, end) sigmas with 1 >= start >= end >= 0, got {interval}")
         self.model, self.labels = model, labels
+        check_tilt(tilt)
         self.guidance, self.orthogonal, self.method, self.interval = guidance, orthogonal, method, interval
+        self.tilt = tilt
         self.num_classes = model.config.num_classes
         self._check_labels()
 
@@ -90,7 +93,7 @@ class GMDenoiser:
         cond, uncond = (velocity_to_posterior(velocity, x, sigma) for velocity in halves)
         if self.method == "cfg":
             return guide_cfg(cond, uncond, self.guidance)
-        return guide_probabilistic(cond, uncond, self.guidance, self.orthogonal)
+        return guide_probabilistic(cond, uncond, self.guidance, self.orthogonal, self.tilt)
 
     def _null_like(self, x: Tensor) -> Tensor | None:
         """The null label of every image, (B,); None for a model without classes."""

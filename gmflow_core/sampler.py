@@ -15,6 +15,8 @@ from .schedule import default_substeps
 from .solver import Inpaint, NoiseSampler, SecondOrder, Spectrum, StepInfo, sample_gm_ode, sample_gm_sde
 
 SOLVERS = {"gm-ode": "GM-ODE", "gm-sde": "GM-SDE"}  # name -> title
+# What command line and nodes choose, by the measurements in docs/overshoot.md; the functions' own default is "published".
+SECOND_ORDER_TILT, GUIDANCE_TILT = "limited", "published"
 
 
 @dataclass(frozen=True)

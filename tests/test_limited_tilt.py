@@ -49,7 +49,7 @@ def test_variance_along_a_direction(case):
 
 @pytest.mark.parametrize("tilt", ["published", "limited"])
 def test_how_far_a_pixel_moves(case, tilt):
-    """Published: by g times the bias; limited: by min(1, g) times. A small bias, so that first order is all there is."""
+    """Published: by g times the bias; limited: by min(1, g) times. The bias is small: first order is all there is."""
     mixture, anchor, bias = case
     bias = 1e-6 * bias
     gain = along(covariance(mixture), bias) / (anchor.var * dot(bias, bias))

@@ -19,7 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gmflow_core.files import write_atomically
+from gmflow_core.guidance import TILTS
 from gmflow_core.pictures import image_grid
+from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
 
 from ..console import say
 from ..data.digits import Digits
@@ -95,19 +97,23 @@ def settings(subject: Subject, args: argparse.Namespace) -> list[Setting]:
     solvers = [s for s in args.solvers or (("euler",) if subject.vanilla else ("gm-ode2", "gm-sde2")) if s in allowed]
     scales = [(w, "probabilistic") for w in args.guidance if w == 0 or not subject.vanilla] + [(w, "cfg") for w in args.cfg]
     grid = [(steps, w, method) for w, method in scales for steps in args.steps]
-    plain = dict(corrections=args.corrections, substeps=args.substeps)
-    found = [Setting(s, n, w, m, **(plain if s in GM_SOLVERS else {})) for s in solvers for n, w, m in grid]
+    plain = {"corrections": args.corrections, "substeps": args.substeps, "tilt": args.tilt}
+    found = [
+        Setting(s, n, w, m, guidance_tilt=args.guidance_tilt, **(plain if s in GM_SOLVERS else {}))
+        for s in solvers for n, w, m in grid
+    ]
     return found + (ablations(grid) if args.ablations and not subject.vanilla else [])
 
 
 def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
     """The paper's, at every point of a grid: A2 white noise, A4 DPM-Solver++ SDE on the mixture's mean, B1 no substeps, no
-    projection, no re-anchoring. (A3 is ``--cfg``; A5 is a training, with transition_ratio=1.)"""
+    projection, no re-anchoring, and the published tilts. (A3 is ``--cfg``; A5 is a training, with transition_ratio=1.)"""
     found = []
     for n, w, method in grid:
         found += [Setting("gm-sde2", n, w, method), Setting("gm-sde2", n, w, method, spectral=False), Setting("sde-dpm++2m", n, w, method)]
         found += [Setting("gm-ode2", n, w, method), Setting("gm-ode2", n, w, method, substeps=1)]
         found += [Setting("gm-ode2", n, w, method, reanchored=False)]
+        found += [Setting(s, n, w, method, tilt="published") for s in ("gm-ode2", "gm-sde2")]
         if w and method == "probabilistic":
             found += [Setting("gm-ode2", n, w, method, orthogonal=0.0)]
     return found
@@ -198,7 +204,7 @@ def sweep(args: argparse.Namespace) -> dict:
 
 def save_shown(out: Path, row: dict, images: Tensor) -> None:
     """The first images of a row as OUT/samples/NAME.png; the row gets the name."""
-    setting = Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
+    setting = Setting.of_row(row)
     words = [row["checkpoint"], setting.title, f"{setting.steps} steps", setting.guidance_title]
     name = "".join(c if c.isalnum() or c in "-.+" else "_" for c in " ".join(words)) + ".png"
     (out / SAMPLES).mkdir(exist_ok=True)
@@ -217,8 +223,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", nargs="+", type=float, default=[0.0], metavar="W", help="probabilistic scales in [0, 1) (default 0, none)")
     parser.add_argument("--cfg", nargs="+", type=float, default=[], metavar="S", help="also vanilla CFG of these scales, 1 or more (A3)")
     parser.add_argument("--corrections", type=int, default=0, help="correction steps of the second order (default 0)")
+    parser.add_argument("--tilt", choices=TILTS, default=SECOND_ORDER_TILT, help=f"of order 2 (default {SECOND_ORDER_TILT})")
+    parser.add_argument("--guidance-tilt", choices=TILTS, default=GUIDANCE_TILT, help=f"of guidance (default {GUIDANCE_TILT})")
     parser.add_argument("--substeps", type=int, default=0, help="of GM-ODE (default 0: 128 / steps, as published)")
-    parser.add_argument("--ablations", action="store_true", help="also the paper's ablations A2, A4, B1, no projection, no re-anchoring")
+    parser.add_argument("--ablations", action="store_true", help="also the paper's ablations A2, A4, B1, no projection, no re-anchoring, and the published tilt")
     parser.add_argument("--samples", type=int, default=1000, help="samples of each setting, its classes in turn (default 1000; the paper: 50000)")
     parser.add_argument("--real-samples", type=int, default=50_000, help="real images at most (default 50000)")
     parser.add_argument("--batch", type=int, default=125, help="samples at a time (default 125)")

@@ -18,10 +18,6 @@ COLUMNS = {
 }
 
 
-def setting_of(row: dict) -> Setting:
-    return Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
-
-
 # ---- the table ---------------------------------------------------------------------------------
 
 def markdown(results: dict) -> str:
@@ -34,7 +30,7 @@ def markdown(results: dict) -> str:
         "| " + " | ".join(head) + " |", "|" + " --- |" * len(head),
     ]
     for row in sorted(results["rows"], key=lambda row: list(results["checkpoints"]).index(row["checkpoint"])):
-        setting = setting_of(row)
+        setting = Setting.of_row(row)
         figures = [COLUMNS[name][1].format(row[name]) if row.get(name) is not None else "-" for name in shown]
         cells = [row["checkpoint"], setting.title, setting.guidance_title, str(setting.steps), *figures]
         lines.append("| " + " | ".join(cells) + " |")
@@ -54,7 +50,7 @@ def label(row: dict, results: dict, guidance: bool) -> str:
     about = results["checkpoints"][row["checkpoint"]]
     several = sum(other["vanilla"] == about["vanilla"] for other in results["checkpoints"].values()) > 1
     kind = "vanilla" if about["vanilla"] else "GMFlow"
-    parts = [f"{kind} ({row['checkpoint']})" if several else kind, setting_of(row).title]
+    parts = [f"{kind} ({row['checkpoint']})" if several else kind, Setting.of_row(row).title]
     return ", ".join(parts + [{"cfg": "CFG", "probabilistic": "probabilistic"}[row["method"]]] * guidance)
 
 
@@ -75,10 +71,10 @@ def curves(results: dict) -> dict[str, list[dict]]:
     """For each line of the guidance figures its rows in rising guidance: those of a method and the unguided ones, at the
     number of steps that was sampled with most scales. Lines of fewer than three points are left out."""
     found = {}
-    for (checkpoint, solver, steps), rows in grouped(results["rows"], lambda r: (r["checkpoint"], setting_of(r).title, r["steps"])).items():
+    for (checkpoint, solver, steps), rows in grouped(results["rows"], lambda r: (r["checkpoint"], Setting.of_row(r).title, r["steps"])).items():
         for method in ("probabilistic", "cfg"):
-            line = [row for row in rows if row["method"] == method or not setting_of(row).guided]
-            line = sorted({setting_of(row).guided * row["guidance"]: row for row in line}.items())
+            line = [row for row in rows if row["method"] == method or not Setting.of_row(row).guided]
+            line = sorted({Setting.of_row(row).guided * row["guidance"]: row for row in line}.items())
             if len(line) >= 3 and any(row["method"] == method for _, row in line[1:]):
                 name = label({**line[-1][1], "method": method}, results, True)
                 best = found.get(name)
@@ -180,7 +176,7 @@ def saturation_figure(results: dict, pyplot):
     for column, method in zip(axes.T, kinds):
         for name, rows in swept.items():
             if rows[-1]["method"] == method:
-                scales = [row["guidance"] if setting_of(row).guided else method == "cfg" for row in rows]
+                scales = [row["guidance"] if Setting.of_row(row).guided else method == "cfg" for row in rows]
                 for axis, value in zip(column, ("saturation", "overshoot")):
                     axis.plot(scales, [row[value] for row in rows], label=f"{name}, {rows[0]['steps']} steps", **style[name])
         column[0].axhline(results["real_saturation"], color="#888888", linestyle=":")
@@ -197,8 +193,8 @@ def saturation_figure(results: dict, pyplot):
 def figure_7(results: dict, pyplot):
     """FID and precision against the number of components, the best over guidance; a line a solver and number of steps."""
     rows = [row for row in results["rows"] if not results["checkpoints"][row["checkpoint"]]["vanilla"]]
-    rows.sort(key=lambda r: (setting_of(r).title, r["steps"]))
-    groups = grouped(rows, lambda r: f"{setting_of(r).title}, {r['steps']} step{'s' * (r['steps'] > 1)}")
+    rows.sort(key=lambda r: (Setting.of_row(r).title, r["steps"]))
+    groups = grouped(rows, lambda r: f"{Setting.of_row(r).title}, {r['steps']} step{'s' * (r['steps'] > 1)}")
     lines = {name: group for name, group in groups.items() if len({row["components"] for row in group}) > 1}
     if not lines:
         return None
@@ -239,6 +235,6 @@ def compare(results: dict, out: Path):
 
 
 def guidance_words(row: dict) -> str:
-    setting = setting_of(row)
+    setting = Setting.of_row(row)
     return f"guidance {setting.guidance:g}" if setting.guided and setting.method == "probabilistic" else \
         f"CFG {setting.guidance:g}" if setting.guided else "unguided"

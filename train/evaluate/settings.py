@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gmflow_core import Checkpoint, GMDenoiser, SecondOrder, flow_sigmas
 from gmflow_core.denoiser import Denoiser
-from gmflow_core.sampler import SOLVERS as SAMPLERS, SamplerOptions, sample
+from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS as SAMPLERS, SamplerOptions, sample
 from gmflow_core.schedule import default_substeps
 
 from .baselines import EULER, SCHEDULERS, sample_euler, sample_scheduler, sample_without_reanchoring
@@ -26,7 +26,7 @@ assert set(BASELINES.values()) == {EULER, *SCHEDULERS}
 
 @dataclass(frozen=True)
 class Setting:
-    """How to sample. The last five are the paper's ablations; each baseline reads the mean of the guided mixture alone."""
+    """How to sample. From ``method`` on: ablations; each baseline reads the mean of the guided mixture alone."""
 
     solver: str                      # a key of SOLVERS
     steps: int                       # network steps; guidance asks twice at each
@@ -37,6 +37,8 @@ class Setting:
     spectral: bool = True            # GM-SDE colours its noise, if the checkpoint has a spectrum
     orthogonal: float = 1.0          # projection of probabilistic guidance
     reanchored: bool = True          # GM-ODE 2 re-anchors the previous posterior
+    tilt: str = SECOND_ORDER_TILT    # of the second order
+    guidance_tilt: str = GUIDANCE_TILT
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -54,12 +56,19 @@ class Setting:
         counts = (self.corrections, "correction"), (self.substeps, "substep")
         notes = [f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count]
         notes += ["white noise"] * (not self.spectral) + ["no re-anchoring"] * (not self.reanchored)
+        notes += [f"{self.tilt} tilt"] * (self.solver in ("gm-ode2", "gm-sde2") and self.tilt != SECOND_ORDER_TILT)
+        notes += [f"{self.guidance_tilt} guidance"] * (self.guided and self.guidance_tilt != GUIDANCE_TILT)
         notes += ["no projection"] * (self.orthogonal == 0) + [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
         return ", ".join([SOLVERS[self.solver], *notes])
 
     @property
     def guidance_title(self) -> str:
         return "none" if not self.guided else f"{'CFG' if self.method == 'cfg' else 'probabilistic'} {self.guidance:g}"
+
+    @classmethod
+    def of_row(cls, row: dict) -> Setting:
+        """The setting of a row of results; those of before there was a choice of tilt are of the published one."""
+        return cls(**{"tilt": "published", "guidance_tilt": "published"} | {k: row[k] for k in cls.__dataclass_fields__ if k in row})
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -77,7 +86,7 @@ def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None, genera
         return sample_without_reanchoring(denoiser, x, sigmas, setting.substeps or default_substeps(steps))
     options = replace(
         GM_SOLVERS[solver], substeps=setting.substeps, spectral=setting.spectral,
-        second_order=SecondOrder(correction_steps=setting.corrections),
+        second_order=SecondOrder(correction_steps=setting.corrections, tilt=setting.tilt),
     )
     noise = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
     return sample(denoiser, x, sigmas, options, spectrum=spectrum, noise_sampler=noise)
@@ -90,5 +99,5 @@ def draw(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) ->
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size), generator=generator).to(device)
-    denoiser = GMDenoiser(model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method)
+    denoiser = GMDenoiser(model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method, tilt=setting.guidance_tilt)
     return solve(setting, denoiser, x, checkpoint.spectrum, generator)
