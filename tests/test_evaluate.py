@@ -14,6 +14,7 @@ from gmflow_core import (
     GMDiT,
     GMDiTConfig,
     GMMLPConfig,
+    SecondOrder,
     SpectrumConfig,
     SpectrumMLP,
     flow_sigmas,
@@ -81,7 +82,9 @@ def test_settings_are_the_cores_own_solvers(files):
     with torch.no_grad():
         denoiser = GMDenoiser(checkpoint.model, labels, 0.4)
         want = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43)
-        assert torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4), labels, 3), want)
+        assert torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="published"), labels, 3), want)
+        limited = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43, second_order=SecondOrder(tilt="limited"))
+        assert torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="limited"), labels, 3), limited)
         assert not torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4, substeps=1), labels, 3), want)
         noise = lambda s, t: torch.randn(x.shape, generator=generator)  # noqa: E731
         want = sample_gm_sde(denoiser, x, flow_sigmas(3), order=1, spectrum=checkpoint.spectrum, noise_sampler=noise)
@@ -89,7 +92,10 @@ def test_settings_are_the_cores_own_solvers(files):
         assert not torch.equal(draw(checkpoint, Setting("gm-sde1", 3, 0.4, spectral=False), labels, 3), want)
 
 
-@pytest.mark.parametrize("change", [dict(orthogonal=0.0), dict(reanchored=False), dict(corrections=1), dict(substeps=1), dict(method="cfg", guidance=2.0)])
+@pytest.mark.parametrize("change", [
+    dict(orthogonal=0.0), dict(reanchored=False), dict(corrections=1), dict(substeps=1), dict(tilt="published"),
+    dict(guidance_tilt="limited"), dict(method="cfg", guidance=2.0),
+])
 def test_every_switch_changes_the_samples(files, change):
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(3)
     plain = dict(solver="gm-ode2", steps=3, guidance=0.4)
@@ -252,7 +258,8 @@ def test_what_suits_a_checkpoint(files):
     assert {(s.solver, s.guidance, s.method) for s in settings(vanilla, both)} == {("ddpm", 0.0, "probabilistic"), ("ddpm", 2.0, "cfg")}
     found = settings(gm, parse(["x", "--data", "digits", "--solvers", "gm-ode1", "--steps", "4", "--guidance", "0.3", "--ablations"]))
     assert [s.title for s in found] == ["GM-ODE 1", "GM-SDE 2", "GM-SDE 2, white noise", "SDE-DPM++ 2M", "GM-ODE 2", "GM-ODE 2, 1 substep",
-                                        "GM-ODE 2, no re-anchoring", "GM-ODE 2, no projection"]
+                                        "GM-ODE 2, no re-anchoring", "GM-ODE 2, published tilt",
+                                        "GM-SDE 2, published tilt", "GM-ODE 2, no projection"]
 
 
 def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):

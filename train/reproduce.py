@@ -92,7 +92,8 @@ def rows(baselines: bool) -> list[Row]:
 @torch.no_grad()
 def draw(model: nn.Module, solver: str, steps: int, x: Tensor, generator: torch.Generator) -> Tensor:
     """Samples (N,2) from noise x (N,2), by a solver of GM_SOLVERS, EULER or SCHEDULERS, in ``steps`` network calls."""
-    setting = Setting("gm-ode2", steps, reanchored=False) if solver == ABLATION else Setting(KEYS[solver], steps)
+    reanchored = solver != ABLATION
+    setting = Setting(KEYS[solver] if reanchored else "gm-ode2", steps, reanchored=reanchored, tilt="published")
     return solve(setting, GMDenoiser(model), x, generator=generator)
 
 

@@ -84,12 +84,14 @@ class Still:
         return self.posterior.mean()
 
 
-def sample_without_reanchoring(denoiser: Denoiser, x: Tensor, sigmas: Tensor, substeps: int) -> Tensor:
+def sample_without_reanchoring(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, substeps: int, second_order: SecondOrder = SecondOrder()
+) -> Tensor:
     """GM-ODE 2 with the previous posterior's mean as it was for m_prev. Nothing else changes: substeps re-anchor as ever."""
     history = None
     for sigma, sigma_next in zip(sigmas.tolist(), sigmas[1:].tolist()):
         guided, step = denoiser(x, sigma), sigma - sigma_next
-        posterior, _ = correct(guided, x, sigma, step, history, SecondOrder())
+        posterior, _ = correct(guided, x, sigma, step, history, second_order)
         history = SolverHistory(Still(guided.posterior), x, sigma, step)
         corrected = replace(guided, posterior=posterior)
         x = sample_gm_ode(lambda x, sigma: corrected, x, torch.tensor([sigma, sigma_next]), order=1, substeps=substeps)

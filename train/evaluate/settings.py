@@ -82,11 +82,13 @@ def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None, genera
     if solver in BASELINES:
         return sample_scheduler(denoiser, x, steps, BASELINES[solver], generator)
     sigmas = flow_sigmas(steps)
+    second_order = SecondOrder(correction_steps=setting.corrections, tilt=setting.tilt)
     if not setting.reanchored:
-        return sample_without_reanchoring(denoiser, x, sigmas, setting.substeps or default_substeps(steps))
+        substeps = setting.substeps or default_substeps(steps)
+        return sample_without_reanchoring(denoiser, x, sigmas, substeps, second_order)
     options = replace(
         GM_SOLVERS[solver], substeps=setting.substeps, spectral=setting.spectral,
-        second_order=SecondOrder(correction_steps=setting.corrections, tilt=setting.tilt),
+        second_order=second_order,
     )
     noise = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
     return sample(denoiser, x, sigmas, options, spectrum=spectrum, noise_sampler=noise)
