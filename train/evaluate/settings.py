@@ -26,7 +26,8 @@ assert set(BASELINES.values()) == {EULER, *SCHEDULERS}
 
 @dataclass(frozen=True)
 class Setting:
-    """How to sample. The last five are the paper's ablations; each baseline reads the mean of the guided mixture alone."""
+    """How to sample. The last five are the paper's ablations; each baseline reads the mean of the guided mixture
+    alone."""
 
     solver: str                      # a key of SOLVERS
     steps: int                       # network steps; guidance asks twice at each
@@ -54,7 +55,8 @@ class Setting:
         counts = (self.corrections, "correction"), (self.substeps, "substep")
         notes = [f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count]
         notes += ["white noise"] * (not self.spectral) + ["no re-anchoring"] * (not self.reanchored)
-        notes += ["no projection"] * (self.orthogonal == 0) + [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
+        notes += ["no projection"] * (self.orthogonal == 0)
+        notes += [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
         return ", ".join([SOLVERS[self.solver], *notes])
 
     @property
@@ -65,7 +67,8 @@ class Setting:
         return asdict(self)
 
 
-def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None, generator: torch.Generator | None = None) -> Tensor:
+def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None,
+          generator: torch.Generator | None = None) -> Tensor:
     """Samples from noise x (B,C,*S). The stochastic solvers draw from ``generator``, on the CPU."""
     solver, steps = setting.solver, setting.steps
     if solver == "euler":
@@ -89,6 +92,7 @@ def draw(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) ->
     model, config = checkpoint.model, checkpoint.config
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size), generator=generator).to(device)
+    x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size),
+                    generator=generator).to(device)
     denoiser = GMDenoiser(model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method)
     return solve(setting, denoiser, x, checkpoint.spectrum, generator)
