@@ -28,9 +28,11 @@ from .trainer import CHECKPOINT, Trainer
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train", description="Train a GMFlow checkpoint.")
     parser.add_argument("--preset", required=True, choices=sorted(PRESETS), help="what to train")
-    parser.add_argument("--data", metavar="FOLDER", help="folder of the data, for presets that need one (sets data_path)")
+    parser.add_argument("--data", metavar="FOLDER",
+                        help="folder of the data, for presets that need one (sets data_path)")
     parser.add_argument("--init-from", metavar="FILE",
-                        help="start from a GMFlow checkpoint of any K, or from a DiT in diffusers' layout (sets init_from)")
+                        help="start from a GMFlow checkpoint of any K, "
+                             "or from a DiT in diffusers' layout (sets init_from)")
     parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[],
                         help="change one setting, e.g. steps=500 or model.num_layers=4; may be repeated")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/PRESET)")
@@ -42,7 +44,8 @@ def parse() -> argparse.Namespace:
 
 
 def train(trainer: Trainer) -> None:
-    """Steps until the configuration's last; the first of a team keeps a progress bar, a log, samples, saves and a report.
+    """Steps until the configuration's last; the first of a team keeps a progress bar, a log, samples,
+    saves and a report.
 
     Ctrl-C and SIGTERM end it after the current step, with a save: SystemExit with the shell's code for the signal.
     """
@@ -72,11 +75,13 @@ def train(trainer: Trainer) -> None:
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
 
 
-SHOWN = {"loss": "loss", "lr": "lr", "images_per_second": "images/s", "mfu": "MFU", "memory_gb": "GB", "skipped": "skipped"}
+SHOWN = {"loss": "loss", "lr": "lr", "images_per_second": "images/s", "mfu": "MFU", "memory_gb": "GB",
+         "skipped": "skipped"}
 
 
 def after_step(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
-    """What is due after a step: a line in the log, samples, a save. The first writes, others may have a part of the weights."""
+    """What is due after a step: a line in the log, samples, a save.
+    The first writes, others may have a part of the weights."""
     config, step = trainer.config, trainer.step
     last = step == config.steps
     attempt("a save", trainer.writer.check)
@@ -107,7 +112,8 @@ def dry_run(config: TrainConfig, team: Team) -> None:
         whole = replace(trainer.config, batch_size=config.batch_size, accumulate=config.accumulate)
         print(json.dumps(LATER | whole.to_dict(), indent=2))
         flops = forward_flops(trainer.config.model)
-        print(f"{sum(p.numel() for p in trainer.nets.parameters()):,} parameters on {team.device}, {flops / 1e9:.3g} GFLOP a sample")
+        print(f"{sum(p.numel() for p in trainer.nets.parameters()):,} parameters on {team.device}, "
+              f"{flops / 1e9:.3g} GFLOP a sample")
         print(json.dumps({name: short(value) for name, value in numbers.items()}))
 
 

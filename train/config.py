@@ -10,8 +10,8 @@ from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
-FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations", "compile", "tf32",
-        "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard")
+FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations",
+        "compile", "tf32", "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
 LATER = {"mean_weight": 0.0}         # settings that older runs did not have, at what they did
 
@@ -26,7 +26,7 @@ class TrainConfig:
     data: str                                # one of DATASETS
     model: GMDiTConfig | GMMLPConfig
     spectrum: SpectrumConfig | None = None   # trained beside the model when given
-    init_from: str | None = None             # a GMFlow checkpoint or a diffusers DiT to start from; see train.initialise
+    init_from: str | None = None             # a GMFlow checkpoint or a diffusers DiT to start from (train.initialise)
     # data from files
     data_path: str | None = None             # the folder
     classes: str = "model"                   # or "data": model.num_classes becomes what the data has
@@ -81,7 +81,8 @@ class TrainConfig:
         _one_of(self, "optimizer", ("adamw", "adamw8bit"))
         _one_of(self, "ema_device", ("same", "cpu"))
         _one_of(self, "parallel", ("ddp", "fsdp"))
-        for name in ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every",
+                     "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("warmup", "clip_from", "weight_decay", "spectral_weight", "mean_weight"):
@@ -90,7 +91,8 @@ class TrainConfig:
         for name, low, high in (("transition_ratio", 0, 1), ("label_dropout", 0, 1), ("ema_decay", 0, 1)):
             value = getattr(self, name)
             if not low <= value <= high or (name == "transition_ratio" and value == 0):
-                raise ValueError(f"{name} must be in {'(0, 1]' if name == 'transition_ratio' else '[0, 1]'}, got {value}")
+                wanted = "(0, 1]" if name == "transition_ratio" else "[0, 1]"
+                raise ValueError(f"{name} must be in {wanted}, got {value}")
         if not self.lr > 0:
             raise ValueError(f"lr must be > 0, got {self.lr}")
         if self.loss == "l2" and (self.model.num_gaussians != 1 or self.model.constant_logstd is None):
@@ -98,13 +100,15 @@ class TrainConfig:
         if self.loss == "l2" and self.mean_weight:
             raise ValueError("loss l2 is the squared error of the mean alone: mean_weight must be 0")
         if self.parallel == "fsdp" and (self.optimizer, self.ema_device) != ("adamw", "same"):
-            raise ValueError(f"parallel fsdp shares out what optimizer=adamw and ema_device=same keep; got optimizer {self.optimizer!r}, "
-                             f"ema_device {self.ema_device!r}: set these two, or parallel=ddp")
+            raise ValueError("parallel fsdp shares out what optimizer=adamw and ema_device=same keep; "
+                             f"got optimizer {self.optimizer!r}, ema_device {self.ema_device!r}: "
+                             "set these two, or parallel=ddp")
         if self.spectrum is not None:
             _check_spectrum(self.spectrum, self.model)
 
     def to_dict(self) -> dict:
-        """Plain JSON types, as stored in checkpoints and compared on resume; without the later settings where they change nothing."""
+        """Plain JSON types, as stored in checkpoints and compared on resume;
+        without the later settings where they change nothing."""
         plain = json.loads(json.dumps(asdict(self)))
         return {k: v for k, v in plain.items() if k not in LATER or v != LATER[k]}
 
@@ -113,7 +117,8 @@ def changes(before: dict, after: dict) -> list[str]:
     """In words, where two configurations (dicts) differ that must be the same throughout a run."""
     free = FREE + (("steps",) if before["lr_decay"] == after["lr_decay"] == "constant" else ())
     before, after = LATER | before, LATER | after
-    return [f"{k}: {before.get(k)} there, {after[k]} asked for" for k in after if before.get(k) != after[k] and k not in free]
+    return [f"{k}: {before.get(k)} there, {after[k]} asked for" for k in after
+            if before.get(k) != after[k] and k not in free]
 
 
 def _check_spectrum(spectrum: SpectrumConfig, model: GMDiTConfig | GMMLPConfig) -> None:
@@ -146,7 +151,8 @@ _DIGITS = TrainConfig(
     weight_decay=0.01, ema_decay=0.999,
 )
 
-# The published recipe for ImageNet 256x256; 512 images a GPU on eight of them. Its data are latents of Stable Diffusion's VAE.
+# The published recipe for ImageNet 256x256; 512 images a GPU on eight of them.
+# Its data are latents of Stable Diffusion's VAE.
 _IMAGENET = TrainConfig(
     data="latents", model=GMDiTConfig(), spectrum=SpectrumConfig(), optimizer="adamw8bit", checkpoint_activations=True,
 )
@@ -154,7 +160,8 @@ _IMAGENET = TrainConfig(
 # DiT's smaller sizes (Peebles & Xie 2023) on latents of any classes, for one GPU.
 _DIT_S = GMDiTConfig(num_layers=12, num_heads=6, head_dim=64, logstd_width=384)
 _DIT_B = GMDiTConfig(num_layers=12, num_heads=12, head_dim=64, logstd_width=768)
-_ONE_GPU = replace(_IMAGENET, classes="data", optimizer="adamw", checkpoint_activations=False, steps=400_000, batch_size=256, lr=1e-4)
+_ONE_GPU = replace(_IMAGENET, classes="data", optimizer="adamw", checkpoint_activations=False, steps=400_000,
+                   batch_size=256, lr=1e-4)
 
 _IMAGES = TrainConfig(  # DiT-S on small pictures of your own
     data="imagefolder", classes="data",

@@ -1,8 +1,8 @@
 """Encode a folder of images to latents: ``python -m train.encode FOLDER --vae PATH_OR_HUB_ID --out DIR``.
 
 The result is what ``data=latents`` trains on (:mod:`.latents`). Run the same command again to go on where
-it stopped: finished shards are kept. Under torchrun every process makes its share of the shards. A latent is one draw from the VAE's posterior, and that draw depends
-on nothing but the image's place in the folder.
+it stopped: finished shards are kept. Under torchrun every process makes its share of the shards. A latent is one draw
+from the VAE's posterior, and that draw depends on nothing but the image's place in the folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,22 +66,26 @@ def encode_folder(
 ) -> dict | None:
     """Write the shards that are not there yet, then the index, which is returned.
 
-    Of ``world`` processes each makes every ``world``-th shard; the first waits for all and writes the index, others return None.
+    Of ``world`` processes each makes every ``world``-th shard; the first waits for all and writes the index, others
+    return None.
     """
     count = len(images.paths)
     plan = {
-        "format": FORMAT, "vae": encoder.name, "scale": encoder.scale, "shift": encoder.shift, "size": size, "flips": flips,
-        "dtype": dtype, "shard_size": shard_size, "classes": list(images.classes), "found": count, "files": digest(images),
+        "format": FORMAT, "vae": encoder.name, "scale": encoder.scale, "shift": encoder.shift, "size": size,
+        "flips": flips, "dtype": dtype, "shard_size": shard_size, "classes": list(images.classes), "found": count,
+        "files": digest(images),
     }
     out.mkdir(parents=True, exist_ok=True)
     check_plan(out / PLAN, plan, write=rank == 0)
-    shards = [(out / f"shard-{i:05d}.safetensors", range(count)[i * shard_size : (i + 1) * shard_size]) for i in range(-(-count // shard_size))]
+    shards = [(out / f"shard-{i:05d}.safetensors", range(count)[i * shard_size : (i + 1) * shard_size])
+              for i in range(-(-count // shard_size))]
     mine = shards[rank::world]
-    with tqdm(total=sum(len(chosen) for _, chosen in mine), unit="image", disable=rank > 0) as bar, ThreadPoolExecutor(workers) as pool:
+    total = sum(len(chosen) for _, chosen in mine)
+    with tqdm(total=total, unit="image", disable=rank > 0) as bar, ThreadPoolExecutor(workers) as pool:
         for path, chosen in mine:
             if finished(path) is None:
                 tensors, bad = encode_images(images, chosen, encoder, size, flips, batch, DTYPES[dtype], pool, bar)
-                write_atomically(path, lambda temporary: save_file(tensors, temporary, {"broken": json.dumps(bad)}))
+                write_atomically(path, partial(save_file, tensors, metadata={"broken": json.dumps(bad)}))
             else:
                 bar.update(len(chosen))
     if rank > 0:
@@ -103,8 +108,9 @@ def encode_images(images: ImageList, chosen: range, encoder: Encoder, size, flip
     parts, broken = [], []
     for first in range(chosen.start, chosen.stop, batch):
         asked = range(first, min(first + batch, chosen.stop))
-        decoded = dict(zip(asked, pool.map(lambda i: try_decode(images.paths[i], size), asked)))
-        broken += [images.paths[i].relative_to(images.folder).as_posix() for i, image in decoded.items() if image is None]
+        decoded = dict(zip(asked, pool.map(lambda i: try_decode(images.paths[i], size), asked), strict=True))
+        broken += [images.paths[i].relative_to(images.folder).as_posix() for i, image in decoded.items()
+                   if image is None]
         good = [i for i, image in decoded.items() if image is not None]
         if good:
             x = to_unit(torch.stack([decoded[i] for i in good]))
@@ -114,11 +120,12 @@ def encode_images(images: ImageList, chosen: range, encoder: Encoder, size, flip
             parts.append(part)
         bar.update(len(asked))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    tensors = {name: value.to(torch.int64 if name == "labels" else dtype).contiguous() for name, value in tensors.items()}
+    tensors = {name: value.to(torch.int64 if name == "labels" else dtype).contiguous()
+               for name, value in tensors.items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise ValueError(f"{name} of images {chosen.start} to {chosen.stop - 1} are not finite in {dtype}: use --dtype float32, "
-                             "or the VAE is damaged")
+            raise ValueError(f"{name} of images {chosen.start} to {chosen.stop - 1} are not finite in {dtype}: "
+                             "use --dtype float32, or the VAE is damaged")
     return tensors, broken
 
 
@@ -152,9 +159,11 @@ def check_plan(path: Path, plan: dict, write: bool) -> None:
     if not path.exists():
         return write_json(path, plan) if write else None
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{k} {before.get(k)!r}, not {plan[k]!r}" for k in plan if before.get(k) != plan[k] and k not in ("files", "classes")]
+    changed = [f"{k} {before.get(k)!r}, not {plan[k]!r}" for k in plan
+               if before.get(k) != plan[k] and k not in ("files", "classes")]
     if before != plan:
-        raise ValueError(f"{path.parent} was begun with {', '.join(changed) or 'other images'}; choose another --out, or delete it")
+        raise ValueError(f"{path.parent} was begun with {', '.join(changed) or 'other images'}; "
+                         "choose another --out, or delete it")
 
 
 def finished(path: Path) -> dict | None:
@@ -182,10 +191,12 @@ def write_json(path: Path, value) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.encode", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="images, a subfolder for each class")
-    parser.add_argument("--vae", required=True, help="diffusers AutoencoderKL: a folder or a name on the Hugging Face hub")
+    parser.add_argument("--vae", required=True,
+                        help="diffusers AutoencoderKL: a folder or a name on the Hugging Face hub")
     parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
     parser.add_argument("--size", type=int, default=256, help="images are cut to this size (default 256)")
-    parser.add_argument("--flips", action="store_true", help="also encode every image mirrored: twice the time and space")
+    parser.add_argument("--flips", action="store_true",
+                        help="also encode every image mirrored: twice the time and space")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images (default 2)")
     parser.add_argument("--batch", type=int, default=16, help="images at a time in the VAE (default 16)")
     parser.add_argument("--shard-size", type=int, default=4096, help="images a file (default 4096)")
@@ -206,8 +217,9 @@ def main() -> int:
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
         index = encode_folder(
-            images, args.out, diffusers_encoder(args.vae, device), size=args.size, flips=args.flips, workers=args.workers,
-            batch=args.batch, shard_size=args.shard_size, dtype=args.dtype, rank=rank, world=world,
+            images, args.out, diffusers_encoder(args.vae, device), size=args.size, flips=args.flips,
+            workers=args.workers, batch=args.batch, shard_size=args.shard_size, dtype=args.dtype,
+            rank=rank, world=world,
         )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -216,7 +228,8 @@ def main() -> int:
         print("\nstopped; run the same command to go on", file=sys.stderr)
         return 130
     if index is not None:
-        print(f"{args.out}: {index['images']} images, {len(index['classes'])} classes, latents {index['shape']}, {len(index['broken'])} left out")
+        print(f"{args.out}: {index['images']} images, {len(index['classes'])} classes, latents {index['shape']}, "
+              f"{len(index['broken'])} left out")
     return 0
 
 

@@ -25,7 +25,8 @@ VANILLA = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
 @dataclass(frozen=True)
 class Source:
-    """Weights under a GM-DiT's names; the head has ``components`` means of C channels, then perhaps logits, then perhaps more."""
+    """Weights under a GM-DiT's names; the head has ``components`` means of C channels, then perhaps logits,
+    then perhaps more."""
 
     state: State
     components: int
@@ -46,13 +47,14 @@ def initialise(nets: nn.ModuleDict, config: TrainConfig, path: str | Path) -> No
         raise ValueError("--init-from is for GM-DiTs, this preset's model is one for 2D points")
     source, own = read_source(Path(path)), nets["model"].state_dict()
     if source.heads not in (None, config.model.num_heads):
-        raise ValueError(f"{path}: has {source.heads} attention heads, the model {config.model.num_heads}: --set model.num_heads "
-                         "and model.head_dim")
+        raise ValueError(f"{path}: has {source.heads} attention heads, the model {config.model.num_heads}: "
+                         "--set model.num_heads and model.head_dim")
     state = dict(source.state)
     check_ends(state, config.model, path)
     generator = torch.Generator().manual_seed(config.seed)
     for name in ("weight", "bias"):
-        state[HEAD + name] = mixture_head(state[HEAD + name].float(), config.model, source.components, generator, name == "bias")
+        state[HEAD + name] = mixture_head(state[HEAD + name].float(), config.model, source.components, generator,
+                                          name == "bias")
     table = state[EMBEDDING]
     if len(table) != config.model.num_classes + 1:
         say(f"{path}: {len(table) - 1} classes there, {config.model.num_classes} here: each starts as the null label")
@@ -89,7 +91,8 @@ def mixture_head(rows: Tensor, model: GMDiTConfig, components: int, generator: t
     logits = rows[:, components * c : components * (c + 1)] if components > 1 else torch.zeros_like(means[:, :, 0])
     chosen = torch.arange(k) % components
     means, logits = means[:, chosen], logits[:, chosen].clone()
-    noise = torch.randn(means.shape, generator=generator) * (chosen != torch.arange(k)).reshape(1, k, *[1] * (means.ndim - 2))
+    others = (chosen != torch.arange(k)).reshape(1, k, *[1] * (means.ndim - 2))
+    noise = torch.randn(means.shape, generator=generator) * others
     means = means + NOISE * rows.std() * noise
     if bias:
         copies = torch.bincount(chosen, minlength=components)
@@ -116,14 +119,16 @@ def read_vanilla(path: Path) -> Source | None:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     file = folder
     if folder.is_dir():
-        found = [*sorted(folder.glob("diffusion_pytorch_model*.safetensors")), *sorted(folder.glob("diffusion_pytorch_model*.bin"))]
+        found = [*sorted(folder.glob("diffusion_pytorch_model*.safetensors")),
+                 *sorted(folder.glob("diffusion_pytorch_model*.bin"))]
         if not found:
             return None
         file = found[0]
     state = read_safetensors(file)[0] if is_safetensors(file) else read_pickle(file)
     if VANILLA not in state:
         return None
-    heads = read_json(file.parent / "config.json").get("num_attention_heads") if (file.parent / "config.json").is_file() else None
+    config = file.parent / "config.json"
+    heads = read_json(config).get("num_attention_heads") if config.is_file() else None
     return Source(gm_names(state, file), components=1, heads=heads)
 
 
@@ -135,7 +140,8 @@ def gm_names(state: State, path: Path) -> State:
         if mark:
             first = embeddings.setdefault(inner, value)
             if not torch.equal(first, value):
-                raise ValueError(f"{path}: {name} differs from that of the first block; a GM-DiT has one embedding for all blocks")
+                raise ValueError(f"{path}: {name} differs from that of the first block; "
+                                 "a GM-DiT has one embedding for all blocks")
         elif name != "pos_embed.pos_embed":
             ours[name] = value
     return ours | {f"emb.{name}": value for name, value in embeddings.items()}

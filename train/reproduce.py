@@ -1,7 +1,7 @@
 """Does it do what the paper says? ``python -m train.reproduce checkerboard [--quick] [--out DIR]``
 
-Trains GMFlow with K = 1, 8 and 64 and vanilla flow matching on the checkerboard, samples each with every solver at 1 to 32
-network calls, draws the paper's figures 2 and 3 and writes figures of merit. Run again, it goes on where it stopped.
+Trains GMFlow with K = 1, 8 and 64 and vanilla flow matching on the checkerboard, samples each with every solver at 1 to
+32 network calls, draws the paper's figures 2 and 3 and writes figures of merit. Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Row:
 # ---- training ----------------------------------------------------------------------------------
 
 def configs(quick: bool, steps: int | None = None) -> dict[str, TrainConfig]:
-    """The four trainings. ``quick``: fewer and smaller steps at a higher learning rate that falls to zero. ``steps`` of each, if given."""
+    """The four trainings. ``quick``: fewer and smaller steps at a higher learning rate that falls to zero.
+    ``steps`` of each, if given."""
     base = replace(PRESETS["checkerboard"], save_every=250)
     if quick:
         base = replace(base, steps=2500, batch_size=512, lr=1e-3, lr_decay="cosine", ema_decay=0.99)
@@ -97,7 +98,8 @@ def draw(model: nn.Module, solver: str, steps: int, x: Tensor, generator: torch.
     return solve(setting, GMDenoiser(model), x, generator=generator)
 
 
-def sample_all(models: dict[str, nn.Module], table: list[Row], points: int, device: torch.device) -> dict[Row, list[Tensor]]:
+def sample_all(models: dict[str, nn.Module], table: list[Row], points: int,
+               device: torch.device) -> dict[Row, list[Tensor]]:
     """Samples on the CPU, a list over STEPS for each row; all rows start from the same noise."""
     x = torch.randn(points, 2, generator=torch.Generator().manual_seed(1)).to(device)
     samples = {}
@@ -114,7 +116,7 @@ def measure(samples: dict[Row, list[Tensor]], points: int) -> dict:
     true, other = (Checkerboard.load().batch(points, torch.Generator().manual_seed(s))[0] for s in (3, 4))
     table = [
         {"model": row.model, "solver": row.solver, "steps": n, **figures(x, true)}
-        for row, draws in samples.items() for n, x in zip(STEPS, draws)
+        for row, draws in samples.items() for n, x in zip(STEPS, draws, strict=True)
     ]
     return {"points": points, "true_samples": figures(other, true), "rows": table}
 
@@ -222,7 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=["checkerboard"], help="what to reproduce")
     parser.add_argument("--quick", action="store_true", help="train for minutes instead of hours")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of each training instead of 20,000 (2,500 with --quick)")
+    parser.add_argument("--steps", type=int, metavar="N",
+                        help="steps of each training instead of 20,000 (2,500 with --quick)")
     parser.add_argument("--out", type=Path, help="folder (default runs/reproduce-checkerboard[-quick][-N])")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
     args = parser.parse_args(arguments)
@@ -239,7 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(result) + f"\n{out / 'table.md'}, {out / 'figures.json'}, {out / 'figure2.png'}, {out / 'figure3.png'}")
+    print(markdown(result) + f"\n{out / 'table.md'}, {out / 'figures.json'}, {out / 'figure2.png'}, "
+                             f"{out / 'figure3.png'}")
     return 0
 
 

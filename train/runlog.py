@@ -1,4 +1,5 @@
-"""The log of a run: ``log.jsonl``, a line of JSON for each report, and the same for TensorBoard where it is installed."""
+"""The log of a run: ``log.jsonl``, a line of JSON for each report,
+and the same for TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class RunLog:
             board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
     def open_board(self, step: int):
-        """TensorBoard's writer, opened at the first report of a process: what is there of later steps is hidden. None without it."""
+        """TensorBoard's writer, opened at the first report of a process: what is there of later steps is hidden.
+        None without it."""
         if self.wants_board and self.board is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -21,7 +21,8 @@ class HostCopies:
         self.device, self.buffers = device, {}
 
     def take(self, state, keep: bool = True):
-        """The same nested state with copies for tensors, whole ones for shared-out ones: for that, all of a team must ask.
+        """The same nested state with copies for tensors, whole ones for shared-out ones:
+        for that, all of a team must ask.
 
         Without ``keep`` nothing is copied: a member of the team that only lends its parts.
         """

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ class Inputs:
 
     def split(self, parts: int) -> list[Inputs]:
         size = len(self.sigma) // parts
-        return [self.map(lambda value: value[i * size : (i + 1) * size]) for i in range(parts)]
+        slices = (slice(i * size, (i + 1) * size) for i in range(parts))
+        return [self.map(itemgetter(piece)) for piece in slices]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -100,7 +102,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def step_inputs(config: TrainConfig, data: Dataset, step: int, part: slice = slice(None)) -> Inputs:
-    """The inputs of a step. All of its batch is drawn, whatever part is asked for: the draws are the same in any team."""
+    """The inputs of a step. All of its batch is drawn, whatever part is asked for:
+    the draws are the same in any team."""
     n, generator = config.batch_size, step_generator(config.seed, step)
     choice = data.draw(n, generator)
     normal = config.time_distribution == "logit-normal"
@@ -118,7 +121,8 @@ def step_inputs(config: TrainConfig, data: Dataset, step: int, part: slice = sli
 # ---- losses ------------------------------------------------------------------------------------
 
 def losses(nets: nn.ModuleDict, config: TrainConfig, inputs: Inputs) -> dict[str, Tensor]:
-    """``loss`` (B,), to be averaged; its terms, ``sigma`` and what the log wants to know of the mixtures, a row a sample."""
+    """``loss`` (B,), to be averaged; its terms, ``sigma`` and what the log wants to know of the mixtures,
+    a row a sample."""
     x_0, labels, sigma = inputs.x_0, inputs.labels, inputs.sigma
     if config.loss == "l2":
         (noise,) = inputs.noises
@@ -184,7 +188,8 @@ def tally(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def figures(sums: dict[str, Tensor]) -> dict[str, float]:
     """Means of a tally. ``components`` is how many components the batch uses: exp of the mean weights' entropy."""
-    means = {name: [x / count for x in values] for name, (*values, count) in ((n, s.tolist()) for n, s in sums.items()) if count}
+    lists = {name: value.tolist() for name, value in sums.items()}
+    means = {name: [x / count for x in values] for name, (*values, count) in lists.items() if count}
     shares = means.pop("weights", None)
     numbers = {name: value for name, (value,) in means.items()}
     if shares:

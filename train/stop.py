@@ -32,4 +32,5 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.signal = number
-        print("\nstopping after this step" + ("" if self.patient else "; Ctrl-C again stops at once, without saving"), file=sys.stderr)
+        print("\nstopping after this step" + ("" if self.patient else "; Ctrl-C again stops at once, without saving"),
+              file=sys.stderr)

@@ -23,9 +23,11 @@ class Line:
     smooth: bool = True
 
 
-def chart(title: str, lines: Sequence[Line], *, width: int = 540, bounds: tuple[float | None, float | None] = (None, None),
+def chart(title: str, lines: Sequence[Line], *, width: int = 540,
+          bounds: tuple[float | None, float | None] = (None, None),
           rule: tuple[float, str] | None = None, marks: Sequence[float] = ()) -> str:
-    """Lines over steps with their names on the right above them; ``rule`` is a dashed level, ``marks`` are steps marked below.
+    """Lines over steps with their names on the right above them; ``rule`` is a dashed level,
+    ``marks`` are steps marked below.
 
     Nothing, if no line has a point.
     """
@@ -40,15 +42,18 @@ def chart(title: str, lines: Sequence[Line], *, width: int = 540, bounds: tuple[
         value = min(max(value, low - (high - low)), high + (high - low))  # what is far outside is cut off anyway
         return (LEFT + step / (last or 1) * (right - LEFT), bottom - (value - low) / (high - low) * (bottom - TOP))
 
-    parts = [f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">', text(LEFT - 44, 18, title, "title")]
+    parts = [f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+             text(LEFT - 44, 18, title, "title")]
     for value in nice_ticks(low, high):
         y = at(0, value)[1]
-        parts += [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>', text(LEFT - 7, y + 4, number(value), "tick end")]
+        parts += [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>',
+                  text(LEFT - 7, y + 4, number(value), "tick end")]
     for step in nice_ticks(0, last, 5):
         parts.append(text(at(step, low)[0], bottom + 18, number(step), "tick middle"))
     if rule and low <= rule[0] <= high:
         y = at(0, rule[0])[1]
-        parts += [f'<line class="rule" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>', text(right - 4, y - 5, rule[1], "tick end")]
+        parts += [f'<line class="rule" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>',
+                  text(right - 4, y - 5, rule[1], "tick end")]
     # A nested svg cuts off what lies outside of it.
     parts.append(f'<svg x="{LEFT}" y="{TOP - 2}" width="{right - LEFT}" height="{bottom - TOP + 4}" '
                  f'viewBox="{LEFT} {TOP - 2} {right - LEFT} {bottom - TOP + 4}">')
@@ -59,7 +64,8 @@ def chart(title: str, lines: Sequence[Line], *, width: int = 540, bounds: tuple[
     parts.append("</svg>")
     parts += [f'<path class="mark" d="M{at(step, low)[0]:.1f} {bottom}v-7"/>' for step in marks]
     if len(lines) > 1:
-        names = "".join(f'<tspan class="c{k}" dx="{10 if k else 0}">{escape(line.name)}</tspan>' for k, line in enumerate(lines))
+        names = "".join(f'<tspan class="c{k}" dx="{10 if k else 0}">{escape(line.name)}</tspan>'
+                        for k, line in enumerate(lines))
         parts.append(f'<text class="name end" x="{right}" y="18">{names}</text>')
     return "".join([*parts, "</svg>"])
 

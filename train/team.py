@@ -32,7 +32,8 @@ class Team:
             return cls(torch.device(device))
         if device == "cuda":
             if local >= torch.cuda.device_count():
-                raise ValueError(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+                raise ValueError(f"process {local} of this machine has no GPU of its own, "
+                                 f"there are {torch.cuda.device_count()}: "
                                  "start no more processes (--nproc_per_node) than GPUs, or give --device cpu")
             torch.cuda.set_device(local)
             device = f"cuda:{local}"
@@ -65,7 +66,8 @@ class Team:
         ValueError before PyTorch 2.9, which adds gradients up where the backend is gloo.
         """
         if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
-            raise ValueError(f"parallel=fsdp needs PyTorch 2.9 or later, this is {torch.__version__}: update it, or --set parallel=ddp")
+            raise ValueError(f"parallel=fsdp needs PyTorch 2.9 or later, this is {torch.__version__}: "
+                             "update it, or --set parallel=ddp")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -92,14 +94,18 @@ class Team:
         flat = torch.cat([value.flatten() for value in values.values()])
         dist.all_reduce(flat)
         parts = flat.split([value.numel() for value in values.values()])
-        return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts)}
+        return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
     def any(self, flag) -> bool:
         """True for every member if it is for one."""
-        return bool(self.sum({"flag": torch.tensor([float(bool(flag))], device=self.device)})["flag"] > 0) if self.size > 1 else bool(flag)
+        if self.size == 1:
+            return bool(flag)
+        flags = torch.tensor([float(bool(flag))], device=self.device)
+        return bool(self.sum({"flag": flags})["flag"] > 0)
 
     def agree(self, facts: dict, hint: str) -> None:
-        """ValueError that says in what the members' facts differ, if they do: they would wait for each other forever."""
+        """ValueError that says in what the members' facts differ, if they do:
+        they would wait for each other forever."""
         if self.size == 1:
             return
         theirs: list[dict] = [{}] * self.size
@@ -107,7 +113,8 @@ class Team:
         for rank, other in enumerate(theirs):
             if other != theirs[0]:
                 differ = [name for name in facts if other[name] != theirs[0][name]]
-                found = "; ".join(f"{name} {shorten(str(theirs[0][name]), 60)} and {shorten(str(other[name]), 60)}" for name in differ)
+                found = "; ".join(f"{name} {shorten(str(theirs[0][name]), 60)} and {shorten(str(other[name]), 60)}"
+                                  for name in differ)
                 raise ValueError(f"processes 0 and {rank} do not agree ({found}): {hint}")
 
     def wait(self) -> None:

@@ -11,8 +11,9 @@ from gmflow_core.model.gmmlp import FEATURES
 
 # Dense bf16 tensor-core peaks in TFLOP/s from the makers' data sheets; the first whole name that fits counts.
 PEAKS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
-    "RTX 6000 Ada": 364, "A6000": 155, "A40": 150, "A10G": 70, "A10": 125, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "A6000": 155, "A40": 150, "A10G": 70, "A10": 125,
+    "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
 }
 
 
@@ -21,7 +22,8 @@ def forward_flops(config: GMDiTConfig | GMMLPConfig) -> int:
     k, c = config.num_gaussians, config.in_channels
     if isinstance(config, GMMLPConfig):
         inner = (config.num_layers - 1) * config.width**2
-        return 2 * (2 * FEATURES * config.width + inner + config.width * (k * (c + 1) + (config.constant_logstd is None)))
+        head = config.width * (k * (c + 1) + (config.constant_logstd is None))
+        return 2 * (2 * FEATURES * config.width + inner + head)
     d, p, w = config.width, config.patch_size**2, config.logstd_width
     n = (config.sample_size // config.patch_size) ** 2
     block = 12 * n * d * d + 2 * n * n * d + 6 * d * d  # projections and MLP, attention, modulation
@@ -42,7 +44,8 @@ class Speed:
         self.config, self.team, self.step, self.seconds = config, team, step, seconds
 
     def report(self, step: int, seconds: float) -> dict[str, float]:
-        """``images_per_second`` of the team; on CUDA ``mfu`` (of the known bf16 peaks) and ``memory_gb``, this process's peak."""
+        """``images_per_second`` of the team; on CUDA ``mfu`` (of the known bf16 peaks) and ``memory_gb``,
+        this process's peak."""
         steps, elapsed = step - self.step, seconds - self.seconds
         self.step, self.seconds = step, seconds
         if elapsed <= 0:

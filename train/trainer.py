@@ -87,7 +87,8 @@ class Trainer:
             self.run_log = RunLog(folder, max(config.log_every, config.steps // 20), config.tensorboard)
             if resumed:
                 self._resume()
-        self.team.agree({"step": self.step, **self._data()}, "all machines need the same --out, on storage that they share, and the same data")
+        self.team.agree({"step": self.step, **self._data()},
+                        "all machines need the same --out, on storage that they share, and the same data")
         if config.checkpoint_activations:
             recompute_activations(self.nets["model"])
         if config.compile:
@@ -99,7 +100,8 @@ class Trainer:
     # ---- one step ------------------------------------------------------------------------------
 
     def train_step(self) -> dict:
-        """One optimizer step; returns the numbers of the log, with ``skipped`` if the weights were left as they were."""
+        """One optimizer step; returns the numbers of the log, with ``skipped`` if the weights were left as they
+        were."""
         config, start = self.config, time.perf_counter()
         inputs = self.inputs.take(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -113,7 +115,8 @@ class Trainer:
         numbers = figures(self.team.sum(sums))
         limit = config.clip_norm if self.step >= config.clip_from else float("inf")
         # Each network by itself: neither loss reaches the other's weights, so neither should scale its steps.
-        norms = {name: whole(nn.utils.clip_grad_norm_(net.parameters(), limit)).item() for name, net in self.nets.items()}
+        norms = {name: whole(nn.utils.clip_grad_norm_(net.parameters(), limit)).item()
+                 for name, net in self.nets.items()}
         if not all(map(math.isfinite, (numbers["loss"], *norms.values()))):
             self.seconds += time.perf_counter() - start
             return self._skip(inputs, torch.cat(loss).cpu(), numbers["loss"], norms)
@@ -125,17 +128,20 @@ class Trainer:
         self.seconds += time.perf_counter() - start
         previous = numbers["loss"] if self.smooth_loss is None else self.smooth_loss
         self.smooth_loss = 0.98 * previous + 0.02 * numbers["loss"]
-        return {"step": self.step, **numbers, "loss_smooth": self.smooth_loss, "grad_norm": norms["model"], "lr": lr, "seconds": self.seconds}
+        return {"step": self.step, **numbers, "loss_smooth": self.smooth_loss, "grad_norm": norms["model"], "lr": lr,
+                "seconds": self.seconds}
 
     def _skip(self, inputs: Inputs, loss: torch.Tensor, mean: float, norms: dict[str, float]) -> dict:
         """Leave the weights as they are; keep the inputs of the first such step; give up after too many in a row."""
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         what = f"loss {mean:g}, gradient {', '.join(f'{name} {norm:g}' for name, norm in norms.items())}"
-        mine = not loss.isfinite().all() or (math.isfinite(mean) and self.team.first)  # of a team, whose part it is keeps it
+        # Of a team, whose part it is keeps it.
+        mine = not loss.isfinite().all() or (math.isfinite(mean) and self.team.first)
         suffix = f"_rank{self.team.rank}.pt" if self.team.size > 1 else ".pt"
         if mine and self.folder is not None and not any(self.folder.glob("nan_step_*" + suffix)):
             kept = self.folder / f"nan_step_{self.step}{suffix}"
-            batch = {"x_0": inputs.x_0, "labels": inputs.labels, "sigma": inputs.sigma, "noises": list(inputs.noises), "loss": loss}
+            batch = {"x_0": inputs.x_0, "labels": inputs.labels, "sigma": inputs.sigma, "noises": list(inputs.noises),
+                     "loss": loss}
             content = {"step": self.step, "seed": self.config.seed, "grad_norm": norms, **batch}
             try:
                 write_atomically(kept, lambda path: _save(content, path))
@@ -147,7 +153,8 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.max_bad_steps:
             first = self.step - self.skipped_in_a_row + 1
             raise FloatingPointError(
-                f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, {first} to {self.step} ({what}); "
+                f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, "
+                f"{first} to {self.step} ({what}); "
                 "the last save is as it was. Try a lower lr or clip_norm, or precision=float32, with another --out"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -159,7 +166,8 @@ class Trainer:
     def save(self, wait: bool = True) -> None:
         """Write both files, each atomically: what fails or is killed leaves the previous one. OSError if it fails.
 
-        Without ``wait`` only copies are made here, and ``writer`` tells of a failure. All of a team save; the first writes.
+        Without ``wait`` only copies are made here, and ``writer`` tells of a failure. All of a team save; the first
+        writes.
         """
         if not (self.team.first or self.shared_out):
             return
@@ -180,7 +188,8 @@ class Trainer:
     def state(self) -> dict:
         """All that a run needs to go on."""
         return {
-            "config": self.config.to_dict(), "data": self._data(), "step": self.step, "skipped": [self.skipped, self.skipped_in_a_row],
+            "config": self.config.to_dict(), "data": self._data(), "step": self.step,
+            "skipped": [self.skipped, self.skipped_in_a_row],
             "seconds": self.seconds, "smooth_loss": self.smooth_loss, "history": self.run_log.history,
             "nets": self.nets.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
         }
@@ -192,7 +201,8 @@ class Trainer:
         spectrum = ema["spectrum"] if "spectrum" in ema else None
         try:
             save_checkpoint(
-                path, ema["model"], spectrum, latent_space=self.data.latent_space, class_names=self.data.class_names, training=summary,
+                path, ema["model"], spectrum, latent_space=self.data.latent_space, class_names=self.data.class_names,
+                training=summary,
             )
         except (OSError, SafetensorError) as error:
             raise not_written(path, error) from error
@@ -209,8 +219,8 @@ class Trainer:
         config = self.config.to_dict()
         return {
             "step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1),
-            "skipped": self.skipped, "processes": self.team.size, "device": self.device.type, "torch": torch.__version__,
-            "log": list(self.run_log.history) if self.run_log else [],
+            "skipped": self.skipped, "processes": self.team.size, "device": self.device.type,
+            "torch": torch.__version__, "log": list(self.run_log.history) if self.run_log else [],
             "init_from": config["init_from"] and Path(config["init_from"]).name,
             "config": {k: v for k, v in config.items() if k not in ("model", "spectrum", *PATHS)},
         }
@@ -224,13 +234,15 @@ class Trainer:
         state = _load(self.folder / STATE)
         changed = changes(state["config"], self.config.to_dict())
         if changed:
-            raise ValueError(f"{self.folder} holds a run of another configuration ({'; '.join(changed)}); choose another --out")
+            raise ValueError(f"{self.folder} holds a run of another configuration ({'; '.join(changed)}); "
+                             "choose another --out")
         before, now = state["data"], self._data()
         if before["classes"] != now["classes"]:
-            raise ValueError(f"{self.folder} holds a run of other classes ({before['classes']} there, {now['classes']} in the "
-                             "data now); choose another --out")
+            raise ValueError(f"{self.folder} holds a run of other classes ({before['classes']} there, "
+                             f"{now['classes']} in the data now); choose another --out")
         if before["samples"] != now["samples"]:
-            say(f"the data has {now['samples']} samples now, {before['samples']} when the run was saved; going on with them")
+            say(f"the data has {now['samples']} samples now, {before['samples']} when the run was saved; "
+                "going on with them")
         self._fill(state["nets"], state["ema"], state["optimizer"])
         self.step, self.seconds, self.smooth_loss = state["step"], state["seconds"], state["smooth_loss"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
@@ -276,4 +288,5 @@ def _load(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch documents no list of what a damaged file raises
-        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())[:200]}); delete it to start again, or choose another --out") from error
+        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())[:200]}); delete it to start again, "
+                         "or choose another --out") from error

@@ -13,7 +13,8 @@ from gmflow_core.model import LatentSpace
 from .dataset import Dataset
 
 # Six inks: the corners of the RGB cube between black and white, 60 degrees of hue apart.
-INKS = {"red": (1, 0, 0), "yellow": (1, 1, 0), "green": (0, 1, 0), "cyan": (0, 1, 1), "blue": (0, 0, 1), "magenta": (1, 0, 1)}
+INKS = {"red": (1, 0, 0), "yellow": (1, 1, 0), "green": (0, 1, 0), "cyan": (0, 1, 1), "blue": (0, 0, 1),
+        "magenta": (1, 0, 1)}
 
 
 @dataclass(frozen=True, eq=False)

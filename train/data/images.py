@@ -31,7 +31,8 @@ class ImageList:
 
 
 def find_images(folder: str | Path | None) -> ImageList:
-    """Images in the subfolders of a folder, at any depth; images beside no subfolder are one class of the folder's name.
+    """Images in the subfolders of a folder, at any depth; images beside no subfolder are one class of the folder's
+    name.
 
     ValueError if there is no folder, or no image in it.
     """
@@ -48,7 +49,8 @@ def find_images(folder: str | Path | None) -> ImageList:
     if classes and loose:
         say(f"{folder}: {len(loose)} images that lie beside the class folders are not used")
     if classes and empty:
-        say(f"{folder}: folders without images are no classes: {', '.join(empty[:8])}{' ...' if len(empty) > 8 else ''}")
+        say(f"{folder}: folders without images are no classes: "
+            f"{', '.join(empty[:8])}{' ...' if len(empty) > 8 else ''}")
     if not classes and loose:
         classes = {folder.resolve().name: loose}
     if not classes:
@@ -117,9 +119,11 @@ class ImageFolder(Dataset):
     latent_space = LatentSpace("rgb")
 
     @classmethod
-    def load(cls, folder: str | Path | None, channels: int, size: int, flip: bool = True, workers: int = 2) -> ImageFolder:
+    def load(cls, folder: str | Path | None, channels: int, size: int, flip: bool = True,
+             workers: int = 2) -> ImageFolder:
         if channels not in MODES:
-            raise ValueError(f"images have 1 or 3 channels, the model has in_channels={channels}; for latents set data=latents")
+            raise ValueError(f"images have 1 or 3 channels, the model has in_channels={channels}; "
+                             "for latents set data=latents")
         images = find_images(folder)
         small = len(images.paths) * channels * size * size < CACHE_BYTES
         return cls(images, (channels, size, size), flip, workers, cache={} if small else None)

@@ -1,4 +1,5 @@
-"""Latents of images on disk: shards of ``.safetensors`` and an ``index.json``, as ``python -m train.encode`` writes them.
+"""Latents of images on disk: shards of ``.safetensors`` and an ``index.json``,
+as ``python -m train.encode`` writes them.
 
 A shard holds ``latents`` (n,C,H,W), ``labels`` (n,) and, where asked for, ``flipped``: the latents of the
 mirrored images. Latents are stored as the model sees them: scale and shift are already applied.
@@ -75,17 +76,20 @@ def read_index(folder: Path) -> dict:
     """The index of a folder of latents; ValueError if it has none, or one that this program does not read."""
     path = folder / INDEX
     if not path.is_file():
-        unfinished = "; its encoding is not finished: run train.encode again" if any(folder.glob("shard-*.safetensors")) else ""
-        raise ValueError(f"{folder}: no {INDEX} in it{unfinished or '; expected a folder that python -m train.encode wrote'}")
+        if any(folder.glob("shard-*.safetensors")):
+            raise ValueError(f"{folder}: no {INDEX} in it; its encoding is not finished: run train.encode again")
+        raise ValueError(f"{folder}: no {INDEX} in it; expected a folder that python -m train.encode wrote")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, not JSON ({error}); run train.encode again") from None
-    wanted = {"format": int, "shape": list, "scale": float, "shift": float, "vae": str, "classes": list, "flips": bool, "shards": list}
-    bad = [name for name, kind in wanted.items() if not isinstance(index, dict) or not isinstance(index.get(name), kind)]
+    wanted = {"format": int, "shape": list, "scale": float, "shift": float, "vae": str, "classes": list, "flips": bool,
+              "shards": list}
+    bad = [name for name, kind in wanted.items()
+           if not isinstance(index, dict) or not isinstance(index.get(name), kind)]
     if bad or index["format"] != FORMAT or not index["shards"]:
-        raise ValueError(f"{path}: {', '.join(bad) or 'format or shards'} missing or of another kind; expected format {FORMAT} "
-                         "of train.encode")
+        raise ValueError(f"{path}: {', '.join(bad) or 'format or shards'} missing or of another kind; "
+                         f"expected format {FORMAT} of train.encode")
     return index
 
 

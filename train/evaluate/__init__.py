@@ -1,1 +1,1 @@
-"""How good are samples: settings and baselines, features, metrics, figures. The command is ``python -m train.evaluate``."""
+"""How good are samples: settings and baselines, features, metrics, figures. ``python -m train.evaluate``."""

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,12 +44,15 @@ SHOWN = 10        # samples of every row that are kept as a picture, one a class
 Judge = Callable[[Tensor, Tensor], dict[str, float]]  # images (N,3,S,S) in [-1,1] and labels (N,) -> figures
 
 
-def sample_features(subject: Subject, setting: Setting, features: Features, judge: Judge | None, samples: int, batch: int, seed: int):
-    """Features (N,D), labels (N,), means of the figures that need images, the first images, and the seconds of sampling."""
+def sample_features(subject: Subject, setting: Setting, features: Features, judge: Judge | None, samples: int,
+                    batch: int, seed: int):
+    """Features (N,D), labels (N,), means of the figures that need images, the first images,
+    and the seconds of sampling."""
     classes = subject.checkpoint.config.num_classes
     labels = torch.arange(samples) % classes
     parts, sums, first, seconds = [], {}, [], 0.0
-    for i, part in enumerate(tqdm(labels.split(batch), desc=f"{setting.title}, {setting.steps} steps", unit="batch", leave=False)):
+    for i, part in enumerate(tqdm(labels.split(batch), desc=f"{setting.title}, {setting.steps} steps", unit="batch",
+                                  leave=False)):
         start = time.perf_counter()
         # A batch's seed depends on its place alone: the same noise for every setting.
         x = subject.images(draw(subject.checkpoint, setting, part, (seed << 20) + i))
@@ -65,7 +69,8 @@ def sample_features(subject: Subject, setting: Setting, features: Features, judg
     return torch.cat(parts), labels, sums, torch.cat(first), seconds
 
 
-def measure(subject: Subject, setting: Setting, reference: Reference, features: Features, judge: Judge | None, options) -> tuple[dict, Tensor]:
+def measure(subject: Subject, setting: Setting, reference: Reference, features: Features, judge: Judge | None,
+            options) -> tuple[dict, Tensor]:
     """All figures of one setting, and its first images."""
     found, labels, figures, images, seconds = sample_features(
         subject, setting, features, judge, options.samples, options.batch, options.seed
@@ -73,8 +78,8 @@ def measure(subject: Subject, setting: Setting, reference: Reference, features: 
     precision, recall = precision_recall(reference.features, reference.radius, found)
     row = {
         "checkpoint": subject.name, "digest": subject.digest, "components": subject.checkpoint.config.num_gaussians,
-        **setting.to_dict(), "fid": frechet_distance(reference.moments, moments(found)), "precision": precision, "recall": recall,
-        **figures,
+        **setting.to_dict(), "fid": frechet_distance(reference.moments, moments(found)), "precision": precision,
+        "recall": recall, **figures,
     }
     if judge is not None:
         row |= judge(images, labels)
@@ -92,10 +97,12 @@ def neighbour_accuracy(real: Tensor, real_labels: Tensor, fake: Tensor, labels: 
 # ---- the sweep ---------------------------------------------------------------------------------
 
 def settings(subject: Subject, args: argparse.Namespace) -> list[Setting]:
-    """What was asked for and suits the checkpoint: a vanilla model has neither GM solvers nor probabilistic guidance."""
+    """What was asked for and suits the checkpoint: a vanilla model has neither GM solvers nor probabilistic
+    guidance."""
     allowed = BASELINES if subject.vanilla else SOLVERS
     solvers = [s for s in args.solvers or (("euler",) if subject.vanilla else ("gm-ode2", "gm-sde2")) if s in allowed]
-    scales = [(w, "probabilistic") for w in args.guidance if w == 0 or not subject.vanilla] + [(w, "cfg") for w in args.cfg]
+    scales = [(w, "probabilistic") for w in args.guidance if w == 0 or not subject.vanilla]
+    scales += [(w, "cfg") for w in args.cfg]
     grid = [(steps, w, method) for w, method in scales for steps in args.steps]
     plain = {"corrections": args.corrections, "substeps": args.substeps, "tilt": args.tilt}
     found = [
@@ -106,11 +113,12 @@ def settings(subject: Subject, args: argparse.Namespace) -> list[Setting]:
 
 
 def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
-    """The paper's, at every point of a grid: A2 white noise, A4 DPM-Solver++ SDE on the mixture's mean, B1 no substeps, no
-    projection, no re-anchoring, and the published tilts. (A3 is ``--cfg``; A5 is a training, with transition_ratio=1.)"""
+    """The paper's, at every point of a grid: A2 white noise, A4 DPM-Solver++ SDE on the mixture's mean, B1 no substeps,
+    no projection, no re-anchoring, and the published tilt. (A3 is ``--cfg``; A5 is a training, with transition_ratio=1.)"""
     found = []
     for n, w, method in grid:
-        found += [Setting("gm-sde2", n, w, method), Setting("gm-sde2", n, w, method, spectral=False), Setting("sde-dpm++2m", n, w, method)]
+        found += [Setting("gm-sde2", n, w, method), Setting("gm-sde2", n, w, method, spectral=False),
+                  Setting("sde-dpm++2m", n, w, method)]
         found += [Setting("gm-ode2", n, w, method), Setting("gm-ode2", n, w, method, substeps=1)]
         found += [Setting("gm-ode2", n, w, method, reanchored=False)]
         found += [Setting(s, n, w, method, tilt="published") for s in ("gm-ode2", "gm-sde2")]
@@ -127,7 +135,8 @@ class Results:
         if path.exists():
             try:
                 self.content = json.loads(path.read_text(encoding="utf-8"))
-                changed = [f"{k}: {self.content[k]} there, {facts[k]} asked for" for k in facts if self.content[k] != facts[k]]
+                changed = [f"{k}: {self.content[k]} there, {facts[k]} asked for" for k in facts
+                           if self.content[k] != facts[k]]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}: not results of this program ({error}); choose another --out") from None
             if changed:
@@ -147,7 +156,8 @@ class Results:
                 "steps": training.get("step"), "nll": nll(),
             }
         elif known[subject.name]["digest"] != subject.digest:
-            raise ValueError(f"{self.path} holds another checkpoint of the name {subject.name}; choose another --out, or rename the file")
+            raise ValueError(f"{self.path} holds another checkpoint of the name {subject.name}; "
+                             "choose another --out, or rename the file")
 
     def add(self, row: dict) -> None:
         self.content["rows"].append({name: short(value) for name, value in row.items()})
@@ -163,20 +173,23 @@ def sweep(args: argparse.Namespace) -> dict:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     subjects = [open_subject(path, args.vae, device, args.precision) for path in args.checkpoints]
     if len({s.name for s in subjects}) < len(subjects):
-        raise ValueError(f"checkpoints need different names, got {', '.join(s.name for s in subjects)}: rename a file or its folder")
+        raise ValueError(f"checkpoints need different names, got {', '.join(s.name for s in subjects)}: "
+                         "rename a file or its folder")
     unsuited = [s.name for s in subjects if not settings(s, args)]
     if unsuited:
-        advice = f"nothing to sample {', '.join(unsuited)} with: a vanilla model takes --solvers {', '.join(BASELINES)}, and --guidance 0 or --cfg"
+        advice = (f"nothing to sample {', '.join(unsuited)} with: "
+                  f"a vanilla model takes --solvers {', '.join(BASELINES)}, and --guidance 0 or --cfg")
         if len(unsuited) == len(subjects):
             raise ValueError(advice)
         say(advice)
     images = real_images(args.data, subjects[0].image_size)
     for subject in subjects:
         if subject.image_size != subjects[0].image_size:
-            raise ValueError(f"{subject.name} makes {subject.image_size} pixels, {subjects[0].name} {subjects[0].image_size}: "
-                             "evaluate them apart")
+            raise ValueError(f"{subject.name} makes {subject.image_size} pixels, "
+                             f"{subjects[0].name} {subjects[0].image_size}: evaluate them apart")
     is_digits = args.data == "digits"
-    kind = f"{'digits' if is_digits else 'inception'} {Path(args.data).name} {len(images)} {args.real_samples} {subjects[0].image_size}"
+    kind = (f"{'digits' if is_digits else 'inception'} {Path(args.data).name} {len(images)} {args.real_samples} "
+            f"{subjects[0].image_size}")
     args.out.mkdir(parents=True, exist_ok=True)
     features = digits_features(images.data) if is_digits else inception(args.inception, device)
     reference = load_reference(args.out / REFERENCE, kind)
@@ -190,7 +203,7 @@ def sweep(args: argparse.Namespace) -> dict:
     svm = train_svm(Digits.load()) if is_digits else None
     judge = (lambda images, labels: digit_figures(images, labels, svm)) if is_digits else None
     for subject in subjects:
-        results.about(subject, lambda: likelihood(subject, images, args.batch))
+        results.about(subject, partial(likelihood, subject, images, args.batch))
         for setting in tqdm(settings(subject, args), desc=subject.name, unit="row"):
             if not results.has(subject, setting):
                 row, shown = measure(subject, setting, reference, features, judge, args)
@@ -217,35 +230,48 @@ def save_shown(out: Path, row: dict, images: Tensor) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("``")[0])
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--data", required=True, help="real images: digits, a folder with a subfolder for each class, or ADM's .npz")
-    parser.add_argument("--solvers", nargs="+", metavar="NAME", help=f"of {', '.join(SOLVERS)} (default gm-ode2 gm-sde2; euler for a vanilla model)")
+    parser.add_argument("--data", required=True,
+                        help="real images: digits, a folder with a subfolder for each class, or ADM's .npz")
+    parser.add_argument("--solvers", nargs="+", metavar="NAME",
+                        help=f"of {', '.join(SOLVERS)} (default gm-ode2 gm-sde2; euler for a vanilla model)")
     parser.add_argument("--steps", nargs="+", type=int, default=[8], metavar="N", help="network steps (default 8)")
-    parser.add_argument("--guidance", nargs="+", type=float, default=[0.0], metavar="W", help="probabilistic scales in [0, 1) (default 0, none)")
-    parser.add_argument("--cfg", nargs="+", type=float, default=[], metavar="S", help="also vanilla CFG of these scales, 1 or more (A3)")
+    parser.add_argument("--guidance", nargs="+", type=float, default=[0.0], metavar="W",
+                        help="probabilistic scales in [0, 1) (default 0, none)")
+    parser.add_argument("--cfg", nargs="+", type=float, default=[], metavar="S",
+                        help="also vanilla CFG of these scales, 1 or more (A3)")
     parser.add_argument("--corrections", type=int, default=0, help="correction steps of the second order (default 0)")
-    parser.add_argument("--tilt", choices=TILTS, default=SECOND_ORDER_TILT, help=f"of order 2 (default {SECOND_ORDER_TILT})")
-    parser.add_argument("--guidance-tilt", choices=TILTS, default=GUIDANCE_TILT, help=f"of guidance (default {GUIDANCE_TILT})")
+    parser.add_argument("--tilt", choices=TILTS, default=SECOND_ORDER_TILT,
+                        help=f"of order 2 (default {SECOND_ORDER_TILT})")
+    parser.add_argument("--guidance-tilt", choices=TILTS, default=GUIDANCE_TILT,
+                        help=f"of guidance (default {GUIDANCE_TILT})")
     parser.add_argument("--substeps", type=int, default=0, help="of GM-ODE (default 0: 128 / steps, as published)")
-    parser.add_argument("--ablations", action="store_true", help="also the paper's ablations A2, A4, B1, no projection, no re-anchoring, and the published tilt")
-    parser.add_argument("--samples", type=int, default=1000, help="samples of each setting, its classes in turn (default 1000; the paper: 50000)")
+    parser.add_argument("--ablations", action="store_true",
+                        help="also the paper's ablations A2, A4, B1, no projection, no re-anchoring; the published tilt")
+    parser.add_argument("--samples", type=int, default=1000,
+                        help="samples of each setting, its classes in turn (default 1000; the paper: 50000)")
     parser.add_argument("--real-samples", type=int, default=50_000, help="real images at most (default 50000)")
     parser.add_argument("--batch", type=int, default=125, help="samples at a time (default 125)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", help="of latents: a diffusers AutoencoderKL, a folder or a name on the hub")
     parser.add_argument("--inception", help="torch-fidelity's weights file (default: it downloads its own)")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the network (default float32)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32",
+                        help="of the network (default float32)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder (default runs/evaluation)")
     args = parser.parse_args(arguments)
     bad = [s for s in args.solvers or () if s not in SOLVERS]
     if bad:
         parser.error(f"--solvers: no solver {', '.join(bad)}; there are {', '.join(SOLVERS)}")
-    for name, values, low in (("steps", args.steps, 1), ("samples", [args.samples], 5), ("real-samples", [args.real_samples], 5),
-                              ("batch", [args.batch], 1), ("cfg", args.cfg, 1), ("corrections", [args.corrections], 0), ("substeps", [args.substeps], 0)):
+    for name, values, low in (
+        ("steps", args.steps, 1), ("samples", [args.samples], 5), ("real-samples", [args.real_samples], 5),
+        ("batch", [args.batch], 1), ("cfg", args.cfg, 1), ("corrections", [args.corrections], 0),
+        ("substeps", [args.substeps], 0),
+    ):
         if min(values, default=low) < low:
             parser.error(f"--{name} must be >= {low}, got {min(values)}")
     if any(not 0 <= w < 1 for w in args.guidance):
-        parser.error(f"--guidance takes probabilistic scales in [0, 1), got {max(args.guidance, key=abs):g}; CFG scales are --cfg")
+        parser.error("--guidance takes probabilistic scales in [0, 1), "
+                     f"got {max(args.guidance, key=abs):g}; CFG scales are --cfg")
     return args
 
 

@@ -1,13 +1,15 @@
 r"""What GM-ODE and GM-SDE are compared with: solvers of the mean velocity, and an ablation.
 
-Euler is this package's own GM-ODE 1 with one substep (DDIM on this path). The others are diffusers' schedulers, taken as
-they are: their grid is uniform from 0.999 (UniPC: 1 - 1e-6) instead of 1. With flow sigmas the grids of DEIS and SA-Solver
-end at their last sigma above 0, so that noise stays in the samples; here it ends at 0.001, a sigma they can work with.
+Euler is this package's own GM-ODE 1 with one substep (DDIM on this path). The others are diffusers' schedulers, taken
+as they are: their grid is uniform from 0.999 (UniPC: 1 - 1e-6) instead of 1. With flow sigmas the grids of DEIS and
+SA-Solver end at their last sigma above 0, so that noise stays in the samples; here it ends at 0.001, a sigma they can
+work with.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -43,7 +45,8 @@ def has_diffusers() -> bool:
 
 
 def scheduler(name: str):
-    """A diffusers scheduler on this path: x_t = (1 - sigma) x_0 + sigma e, the network predicts the velocity, no shift."""
+    """A diffusers scheduler on this path: x_t = (1 - sigma) x_0 + sigma e, the network predicts the velocity,
+    no shift."""
     import diffusers
 
     kind, settings = SCHEDULERS[name]
@@ -51,18 +54,20 @@ def scheduler(name: str):
 
 
 def mean_velocity(denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:
-    """u = (x - E[x_0]) / s, with the mean of the (guided) posterior: what a vanilla solver reads of a mixture. Like x."""
+    """u = (x - E[x_0]) / s, with the mean of the (guided) posterior: what a vanilla solver reads of a mixture.
+    Like x."""
     return (x - denoiser(x, sigma).posterior.mean()) / sigma
 
 
-def sample_scheduler(denoiser: Denoiser, x: Tensor, steps: int, name: str, generator: Generator | None = None) -> Tensor:
+def sample_scheduler(denoiser: Denoiser, x: Tensor, steps: int, name: str,
+                     generator: Generator | None = None) -> Tensor:
     """Samples from noise x (B,C,*S) in ``steps`` steps of a scheduler of ``SCHEDULERS``."""
     solver = scheduler(name)
     solver.set_timesteps(steps)
     if name in LAST_SIGMA:
         solver.sigmas[-1] = LAST_SIGMA[name]
     options = {"generator": generator} if name in STOCHASTIC else {}
-    for sigma, t in zip(solver.sigmas.tolist(), solver.timesteps):
+    for sigma, t in zip(solver.sigmas.tolist(), solver.timesteps, strict=False):  # most have a last sigma of 0 as well
         x = solver.step(mean_velocity(denoiser, x, sigma), t, x, **options).prev_sample
     return x
 
@@ -87,12 +92,14 @@ class Still:
 def sample_without_reanchoring(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, substeps: int, second_order: SecondOrder = SecondOrder()
 ) -> Tensor:
-    """GM-ODE 2 with the previous posterior's mean as it was for m_prev. Nothing else changes: substeps re-anchor as ever."""
+    """GM-ODE 2 with the previous posterior's mean as it was for m_prev. Nothing else changes:
+    substeps re-anchor as ever."""
     history = None
-    for sigma, sigma_next in zip(sigmas.tolist(), sigmas[1:].tolist()):
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
         guided, step = denoiser(x, sigma), sigma - sigma_next
         posterior, _ = correct(guided, x, sigma, step, history, second_order)
         history = SolverHistory(Still(guided.posterior), x, sigma, step)
         corrected = replace(guided, posterior=posterior)
-        x = sample_gm_ode(lambda x, sigma: corrected, x, torch.tensor([sigma, sigma_next]), order=1, substeps=substeps)
+        grid = torch.tensor([sigma, sigma_next])
+        x = sample_gm_ode(lambda x, sigma, known=corrected: known, x, grid, order=1, substeps=substeps)
     return x

@@ -21,12 +21,14 @@ def cells(points: Tensor) -> Tensor:
 
 
 def outside_share(points: Tensor) -> float:
-    """The share of points (N,2) outside the support: 0 for the true density, 1 - its mass on the board for any other."""
+    """The share of points (N,2) outside the support: 0 for the true density,
+    1 - its mass on the board for any other."""
     return (cells(points) < 0).float().mean().item()
 
 
 def unevenness(points: Tensor) -> float:
-    r"""Total variation 1/2 sum_c |n_c/n - 1/8| of the points inside: 0 is even, 7/8 all in one cell, NaN without any."""
+    r"""Total variation 1/2 sum_c |n_c/n - 1/8| of the points inside:
+    0 is even, 7/8 all in one cell, NaN without any."""
     index = cells(points)
     counts = torch.bincount(index[index >= 0], minlength=8).double()
     return 0.5 * (counts / counts.sum() - 1 / 8).abs().sum().item()
@@ -41,7 +43,8 @@ def spread(points: Tensor) -> float:
 
 
 def histogram_kl(points: Tensor, bins: int = 16) -> float:
-    r"""KL(true || samples) = sum_b p_b log(p_b / q_b) over the M = bins^2/2 squares of the support; all beyond is one bin.
+    r"""KL(true || samples) = sum_b p_b log(p_b / q_b) over the M = bins^2/2 squares of the support;
+    all beyond is one bin.
 
     q_b = (n_b + 1/2) / (N + (M + 1)/2), so that empty bins stay finite. Samples in the wrong place make the right ones
     rare: KL >= -log(1 - outside). True samples give about (M - 1)/(2N). ``bins``: a multiple of 4.
@@ -59,7 +62,8 @@ def histogram_kl(points: Tensor, bins: int = 16) -> float:
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
-    r"""sqrt(2 mean_theta W_2(<a, theta>, <b, theta>)^2) of equally many points (N,2), theta evenly over the half circle.
+    r"""sqrt(2 mean_theta W_2(<a, theta>, <b, theta>)^2) of equally many points (N,2),
+    theta evenly over the half circle.
 
     In one dimension W_2^2 is the mean squared difference of the sorted values. The factor 2 (the dimension) makes a
     shift of all points by d give |d| exactly.

@@ -32,7 +32,8 @@ def hues(images: Tensor) -> tuple[Tensor, Tensor]:
     high, low = rgb.amax(1), rgb.amin(1)
     chroma = high - low
     r, g, b = rgb.unbind(1)
-    sector = torch.where(high == r, (g - b) / chroma % 6, torch.where(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4))
+    sector = torch.where(high == r, (g - b) / chroma % 6,
+                         torch.where(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4))
     return torch.where(chroma > 0.1, 60 * sector, torch.nan), high >= INKED
 
 
@@ -56,8 +57,8 @@ def hue_figures(images: Tensor) -> dict[str, float]:
 def digit_figures(images: Tensor, labels: Tensor, svm) -> dict[str, float]:
     """Figures of images (N,3,16,16) in [-1,1] that were asked for as ``labels`` (N,).
 
-    ``accuracy``: the share that the SVM reads as asked for; ``class_min``, ``class_max``: the rarest and the most frequent
-    class as it reads them; ``on_palette``, ``one_ink``, ``ink_min``, ``ink_max``: see :func:`hue_figures`.
+    ``accuracy``: the share that the SVM reads as asked for; ``class_min``, ``class_max``: the rarest and the most
+    frequent class as it reads them; ``on_palette``, ``one_ink``, ``ink_min``, ``ink_max``: see :func:`hue_figures`.
     """
     read = torch.from_numpy(svm.predict(grey8(images).numpy()))
     shares = torch.bincount(read, minlength=10) / len(read)

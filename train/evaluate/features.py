@@ -25,11 +25,13 @@ def inception(weights: str | Path | None, device: torch.device) -> Features:
     ``weights``: its file; None lets torch-fidelity download it. ValueError without the package or the file.
     """
     if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"--inception {weights}: no such file; expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
+        raise ValueError(f"--inception {weights}: no such file; "
+                         "expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
-        raise ValueError(f"FID of images needs torch-fidelity: python -m pip install torch-fidelity ({error})") from None
+        raise ValueError("FID of images needs torch-fidelity: "
+                         f"python -m pip install torch-fidelity ({error})") from None
     try:
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights and str(weights)).to(device)
     except Exception as error:  # whatever a download or a foreign file raises
@@ -66,7 +68,8 @@ class DigitsNet(nn.Module):
 
 
 def train_digits_net(data: Digits, seed: int = 0) -> DigitsNet:
-    """The recipe: 600 steps of 128 digits in random inks, shifted by up to one pixel, AdamW 2e-3 with a cosine to zero."""
+    """The recipe: 600 steps of 128 digits in random inks, shifted by up to one pixel,
+    AdamW 2e-3 with a cosine to zero."""
     from .image_metrics import quantise
 
     with torch.random.fork_rng(devices=[]):

@@ -8,7 +8,8 @@ from pathlib import Path
 from ..console import say
 from .settings import BASELINES, Setting
 
-INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")  # Okabe and Ito's, and two more
+# Okabe and Ito's, and two more
+INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")
 MARKS = "osD^vPX*"
 TILE = 640  # largest side in compare.png
 COLUMNS = {
@@ -34,7 +35,8 @@ def markdown(results: dict) -> str:
         figures = [COLUMNS[name][1].format(row[name]) if row.get(name) is not None else "-" for name in shown]
         cells = [row["checkpoint"], setting.title, setting.guidance_title, str(setting.steps), *figures]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| checkpoint | components | training steps | NLL, nats a pixel | by quarter of sigma |", "|" + " --- |" * 5]
+    lines += ["", "| checkpoint | components | training steps | NLL, nats a pixel | by quarter of sigma |",
+              "|" + " --- |" * 5]
     for name, about in results["checkpoints"].items():
         nll = about["nll"]
         likelihood = [f"{nll['mean']:.3f}", ", ".join(f"{q:.2f}" for q in nll["quarters"])] if nll else ["-", "-"]
@@ -68,10 +70,11 @@ def against(rows: list[dict], name: str, value: str, best) -> tuple[list, list]:
 
 
 def curves(results: dict) -> dict[str, list[dict]]:
-    """For each line of the guidance figures its rows in rising guidance: those of a method and the unguided ones, at the
-    number of steps that was sampled with most scales. Lines of fewer than three points are left out."""
+    """For each line of the guidance figures its rows in rising guidance: those of a method and the unguided ones, at
+    the number of steps that was sampled with most scales. Lines of fewer than three points are left out."""
     found = {}
-    for (checkpoint, solver, steps), rows in grouped(results["rows"], lambda r: (r["checkpoint"], Setting.of_row(r).title, r["steps"])).items():
+    lines = grouped(results["rows"], lambda r: (r["checkpoint"], Setting.of_row(r).title, r["steps"]))
+    for (_, _, steps), rows in lines.items():
         for method in ("probabilistic", "cfg"):
             line = [row for row in rows if row["method"] == method or not Setting.of_row(row).guided]
             line = sorted({Setting.of_row(row).guided * row["guidance"]: row for row in line}.items())
@@ -86,8 +89,8 @@ def curves(results: dict) -> dict[str, list[dict]]:
 # ---- figures -----------------------------------------------------------------------------------
 
 def save_figures(results: dict, out: Path) -> list[str]:
-    """figure6.png (curves of precision and recall; FID and precision against network steps), saturation.png, figure7.png
-    (against K) and compare.png, each where there is something to draw; the names of those written."""
+    """figure6.png (curves of precision and recall; FID and precision against network steps), saturation.png,
+    figure7.png (against K) and compare.png, each where there is something to draw; the names of those written."""
     try:
         import matplotlib
     except ImportError:
@@ -97,8 +100,9 @@ def save_figures(results: dict, out: Path) -> list[str]:
     from matplotlib import pyplot
 
     style = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
-        "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False, "lines.linewidth": 1.6,
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.color": "#E6E6E6", "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left",
+        "legend.frameon": False, "lines.linewidth": 1.6,
         "lines.markersize": 5, "figure.facecolor": "white", "figure.dpi": 120,
     }
     written = []
@@ -118,24 +122,30 @@ def save_figures(results: dict, out: Path) -> list[str]:
 
 def line_style(names: list[str]) -> dict[str, dict]:
     """A colour and a mark for each line; baselines are dashed."""
-    dashed = lambda name: "--" if name.startswith("vanilla") or any(b in name for b in BASELINES.values()) else "-"  # noqa: E731
-    return {n: {"color": INKS[i % len(INKS)], "marker": MARKS[i // len(INKS) % len(MARKS)], "linestyle": dashed(n)} for i, n in enumerate(names)}
+    def dashed(name: str) -> str:
+        return "--" if name.startswith("vanilla") or any(b in name for b in BASELINES.values()) else "-"
+
+    return {n: {"color": INKS[i % len(INKS)], "marker": MARKS[i // len(INKS) % len(MARKS)], "linestyle": dashed(n)}
+            for i, n in enumerate(names)}
 
 
 def figure_6(results: dict, pyplot):
     """Precision against recall over guidance, and the best FID and precision over guidance at each number of steps."""
-    lines = {n: rows for n, rows in grouped(results["rows"], lambda r: label(r, results, False)).items() if len({r["steps"] for r in rows}) > 1}
+    lines = {n: rows for n, rows in grouped(results["rows"], lambda r: label(r, results, False)).items()
+             if len({r["steps"] for r in rows}) > 1}
     swept = curves(results)
     panels = [bool(swept), bool(lines), bool(lines)]
     if not any(panels):
         return None
-    figure, axes = pyplot.subplots(1, sum(panels), figsize=(4.1 * sum(panels), 3.6), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, sum(panels), figsize=(4.1 * sum(panels), 3.6), squeeze=False,
+                                   layout="constrained")
     axes = list(axes[0])
     if swept:
         plot_curves(axes.pop(0), swept)
     if lines:
         style = line_style(list(lines))
-        for axis, name, best, title in ((axes[0], "fid", min, "FID (lower is better)"), (axes[1], "precision", max, "Precision (higher is better)")):
+        for axis, name, best, title in ((axes[0], "fid", min, "FID (lower is better)"),
+                                        (axes[1], "precision", max, "Precision (higher is better)")):
             for line, rows in lines.items():
                 axis.plot(*against(rows, "steps", name, best), label=line, **style[line])
             ticks = sorted({row["steps"] for row in results["rows"]})
@@ -159,8 +169,10 @@ def plot_curves(axis, swept: dict[str, list[dict]]) -> None:
         axis.plot([r["recall"] for r in rows], [r["precision"] for r in rows], label=text, **style)
         end = rows[-1]
         axis.annotate(f"{end['guidance']:g}", (end["recall"], end["precision"]), (-5, 0), textcoords="offset points",
-                      color=style["color"], fontsize=8, ha="right", va="center", path_effects=[Stroke(linewidth=2, foreground="white"), Normal()])
-    axis.set(title="Precision and recall" + (words(min(steps)) if len(steps) == 1 else " over guidance"), xlabel="recall", ylabel="precision")
+                      color=style["color"], fontsize=8, ha="right", va="center",
+                      path_effects=[Stroke(linewidth=2, foreground="white"), Normal()])
+    axis.set(title="Precision and recall" + (words(min(steps)) if len(steps) == 1 else " over guidance"),
+             xlabel="recall", ylabel="precision")
     axis.margins(x=0.09)
     axis.legend(loc="lower left", fontsize=7)  # the curves fall from left to right
 
@@ -170,18 +182,21 @@ def saturation_figure(results: dict, pyplot):
     swept = curves(results)
     if not swept:
         return None
-    kinds = [method for method in ("probabilistic", "cfg") if any(rows[-1]["method"] == method for rows in swept.values())]
-    figure, axes = pyplot.subplots(2, len(kinds), figsize=(4.4 * len(kinds), 5.2), squeeze=False, sharey="row", sharex="col", layout="constrained")
+    kinds = [method for method in ("probabilistic", "cfg")
+             if any(rows[-1]["method"] == method for rows in swept.values())]
+    figure, axes = pyplot.subplots(2, len(kinds), figsize=(4.4 * len(kinds), 5.2), squeeze=False, sharey="row",
+                                   sharex="col", layout="constrained")
     style = line_style(list(swept))
-    for column, method in zip(axes.T, kinds):
+    for column, method in zip(axes.T, kinds, strict=True):
         for name, rows in swept.items():
             if rows[-1]["method"] == method:
                 scales = [row["guidance"] if Setting.of_row(row).guided else method == "cfg" for row in rows]
-                for axis, value in zip(column, ("saturation", "overshoot")):
-                    axis.plot(scales, [row[value] for row in rows], label=f"{name}, {rows[0]['steps']} steps", **style[name])
+                for axis, value in zip(column, ("saturation", "overshoot"), strict=True):
+                    axis.plot(scales, [row[value] for row in rows], label=f"{name}, {rows[0]['steps']} steps",
+                              **style[name])
         column[0].axhline(results["real_saturation"], color="#888888", linestyle=":")
-        column[0].text(0.99, results["real_saturation"], "real images", transform=column[0].get_yaxis_transform(), color="#666666",
-                       fontsize=8, ha="right", va="bottom")
+        column[0].text(0.99, results["real_saturation"], "real images", transform=column[0].get_yaxis_transform(),
+                       color="#666666", fontsize=8, ha="right", va="bottom")
         column[0].set(title={"probabilistic": "Probabilistic guidance", "cfg": "Vanilla CFG"}[method])
         column[1].set(xlabel={"probabilistic": "scale (0 is none)", "cfg": "scale (1 is none)"}[method])
         column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7.5)
@@ -191,7 +206,8 @@ def saturation_figure(results: dict, pyplot):
 
 
 def figure_7(results: dict, pyplot):
-    """FID and precision against the number of components, the best over guidance; a line a solver and number of steps."""
+    """FID and precision against the number of components, the best over guidance;
+    a line a solver and number of steps."""
     rows = [row for row in results["rows"] if not results["checkpoints"][row["checkpoint"]]["vanilla"]]
     rows.sort(key=lambda r: (Setting.of_row(r).title, r["steps"]))
     groups = grouped(rows, lambda r: f"{Setting.of_row(r).title}, {r['steps']} step{'s' * (r['steps'] > 1)}")
@@ -199,8 +215,9 @@ def figure_7(results: dict, pyplot):
     if not lines:
         return None
     figure, axes = pyplot.subplots(1, 2, figsize=(8.2, 3.4), layout="constrained")
-    for axis, value, best, title in ((axes[0], "fid", min, "FID (lower is better)"), (axes[1], "precision", max, "Precision (higher is better)")):
-        for (name, group), style in zip(lines.items(), line_style(list(lines)).values()):
+    for axis, value, best, title in ((axes[0], "fid", min, "FID (lower is better)"),
+                                     (axes[1], "precision", max, "Precision (higher is better)")):
+        for (name, group), style in zip(lines.items(), line_style(list(lines)).values(), strict=True):
             axis.plot(*against(group, "components", value, best), label=name, **style)
         ticks = sorted({row["components"] for row in rows})
         axis.set(title=title, xlabel="components K, the best guidance at each", xscale="log")
@@ -212,13 +229,15 @@ def figure_7(results: dict, pyplot):
 
 
 def compare(results: dict, out: Path):
-    """The first samples of every solver and guidance that was run with several numbers of steps: a Pillow image, or None."""
+    """The first samples of every solver and guidance that was run with several numbers of steps:
+    a Pillow image, or None."""
     from PIL import Image
 
     from gmflow_core.pictures import sheet
 
     lines = grouped(results["rows"], lambda r: f"{label(r, results, False)}\n{guidance_words(r)}")
-    lines = {name: {row["steps"]: row for row in rows} for name, rows in lines.items() if len({row["steps"] for row in rows}) > 1}
+    lines = {name: {row["steps"]: row for row in rows} for name, rows in lines.items()
+             if len({row["steps"] for row in rows}) > 1}
     if not lines:
         return None
     steps = sorted({n for line in lines.values() for n in line})

@@ -28,7 +28,8 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (N,M) of (N,D) and (M,D), in float64: in float32 the fast way loses close neighbours to cancellation."""
+    """Euclidean distances (N,M) of (N,D) and (M,D), in float64: in float32 the fast way loses close neighbours to
+    cancellation."""
     return torch.cdist(a.double(), b.double(), compute_mode="use_mm_for_euclid_dist")
 
 
@@ -41,7 +42,8 @@ def neighbour_radius(features: Tensor, k: int = 3, chunk: int = 1024) -> Tensor:
 
 def covered(points: Tensor, manifold: Tensor, radius: Tensor, chunk: int = 1024) -> float:
     """The share of points (N,D) within the radius (M,) of some point of a manifold (M,D)."""
-    return torch.cat([(distances(part, manifold) <= radius).any(1) for part in points.split(chunk)]).double().mean().item()
+    near = [(distances(part, manifold) <= radius).any(1) for part in points.split(chunk)]
+    return torch.cat(near).double().mean().item()
 
 
 def precision_recall(real: Tensor, real_radius: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:

@@ -57,7 +57,8 @@ class FolderImages:
 
 
 class ArrayImages:
-    """A file in the layout of ADM's evaluation: images ``arr_0`` (N,H,W,3) uint8, maybe with ``mu`` and ``sigma`` of FID."""
+    """A file in the layout of ADM's evaluation: images ``arr_0`` (N,H,W,3) uint8,
+    maybe with ``mu`` and ``sigma`` of FID."""
 
     class_names, labels = None, None
 
@@ -72,7 +73,8 @@ class ArrayImages:
             raise ValueError(f"--data {path}: cannot be read as .npz ({error})") from None
         images = arrays.get("arr_0")
         if images is None or images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"--data {path}: expected images arr_0 (N,H,W,3) uint8, as ADM's evaluation files have them, got "
+            raise ValueError(f"--data {path}: expected images arr_0 (N,H,W,3) uint8, "
+                             "as ADM's evaluation files have them, got "
                              f"{'none' if images is None else f'{images.shape} {images.dtype}'}")
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
         given = "mu" in arrays and "sigma" in arrays
@@ -145,7 +147,8 @@ TENSORS = ("mean", "cov", "features", "radius", "labels")
 def save_reference(path: Path, reference: Reference, kind: str) -> None:
     """``kind`` says what the features are of."""
     tensors = {name: getattr(reference, name).contiguous() for name in TENSORS}
-    facts = {"kind": kind, "name": reference.name, "count": str(reference.count), "saturation": repr(reference.saturation)}
+    facts = {"kind": kind, "name": reference.name, "count": str(reference.count),
+             "saturation": repr(reference.saturation)}
     write_safetensors(path, tensors, facts)
 
 

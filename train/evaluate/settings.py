@@ -26,7 +26,7 @@ assert set(BASELINES.values()) == {EULER, *SCHEDULERS}
 
 @dataclass(frozen=True)
 class Setting:
-    """How to sample. From ``method`` on: ablations; each baseline reads the mean of the guided mixture alone."""
+    """How to sample. From ``method`` on: ablations. Each baseline reads the mean of the guided mixture alone."""
 
     solver: str                      # a key of SOLVERS
     steps: int                       # network steps; guidance asks twice at each
@@ -58,7 +58,8 @@ class Setting:
         notes += ["white noise"] * (not self.spectral) + ["no re-anchoring"] * (not self.reanchored)
         notes += [f"{self.tilt} tilt"] * (self.solver in ("gm-ode2", "gm-sde2") and self.tilt != SECOND_ORDER_TILT)
         notes += [f"{self.guidance_tilt} guidance"] * (self.guided and self.guidance_tilt != GUIDANCE_TILT)
-        notes += ["no projection"] * (self.orthogonal == 0) + [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
+        notes += ["no projection"] * (self.orthogonal == 0)
+        notes += [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
         return ", ".join([SOLVERS[self.solver], *notes])
 
     @property
@@ -68,13 +69,15 @@ class Setting:
     @classmethod
     def of_row(cls, row: dict) -> Setting:
         """The setting of a row of results; those of before there was a choice of tilt are of the published one."""
-        return cls(**{"tilt": "published", "guidance_tilt": "published"} | {k: row[k] for k in cls.__dataclass_fields__ if k in row})
+        older = {"tilt": "published", "guidance_tilt": "published"}
+        return cls(**older | {name: row[name] for name in cls.__dataclass_fields__ if name in row})
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
-def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None, generator: torch.Generator | None = None) -> Tensor:
+def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None,
+          generator: torch.Generator | None = None) -> Tensor:
     """Samples from noise x (B,C,*S). The stochastic solvers draw from ``generator``, on the CPU."""
     solver, steps = setting.solver, setting.steps
     if solver == "euler":
@@ -100,6 +103,9 @@ def draw(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) ->
     model, config = checkpoint.model, checkpoint.config
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size), generator=generator).to(device)
-    denoiser = GMDenoiser(model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method, tilt=setting.guidance_tilt)
+    x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size),
+                    generator=generator).to(device)
+    denoiser = GMDenoiser(
+        model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method, tilt=setting.guidance_tilt
+    )
     return solve(setting, denoiser, x, checkpoint.spectrum, generator)

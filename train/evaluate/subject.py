@@ -71,9 +71,10 @@ def digest(path: Path) -> str:
 
 @torch.no_grad()
 def likelihood(subject: Subject, images: Images, batch: int) -> dict | None:
-    r"""NLL -log q(u | x_t) of the true velocity under the predicted mixture, in nats a pixel, summed over channels: its mean over 16 noise
-    levels evenly between 0 and 1 and up to 512 real images, and by quarter of sigma. None for a vanilla model, whose
-    variance is not learned, and without class labels that are the model's.
+    r"""NLL -log q(u | x_t) of the true velocity under the predicted mixture, in nats a pixel, summed over channels.
+
+    Its mean over 16 noise levels evenly between 0 and 1 and up to 512 real images, and by quarter of sigma. None for
+    a vanilla model, whose variance is not learned, and without class labels that are the model's.
     """
     names = subject.checkpoint.class_names
     if subject.vanilla or images.labels is None or names is None or images.class_names != tuple(names):
