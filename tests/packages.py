@@ -6,7 +6,8 @@ import pytest
 
 
 def importable(module: str, name: str):
-    """A name of a module; the test is skipped where it cannot be imported, be it for a torchvision that does not fit torch."""
+    """A name of a module; the test is skipped where it cannot be imported,
+    be it for a torchvision that does not fit torch."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, RuntimeError) as error:

@@ -40,7 +40,7 @@ def test_it_was_made_by_the_committed_preset(checkpoint):
     stored = training["config"]
     assert stored == {k: preset[k] for k in stored} and training["step"] == preset["steps"]
     assert all(preset[k] == defaults[k] for k in preset if k not in stored)
-    steps, losses = zip(*training["log"])
+    steps, losses = zip(*training["log"], strict=True)
     assert steps[-1] == preset["steps"] and losses[-1] < losses[0]
 
 

@@ -82,7 +82,8 @@ def test_noise_streams_are_standard_and_independent():
 
 
 def test_two_dimensional_models_take_a_count(points, tmp_path, capsys):
-    code, out, _ = run(capsys, "sample", points, "--count", 100, "--steps", 1, "--substeps", 4, "--latents", "--out", tmp_path)
+    code, out, _ = run(capsys, "sample", points, "--count", 100, "--steps", 1, "--substeps", 4, "--latents",
+                       "--out", tmp_path)
     assert code == 0 and load_file(tmp_path / "samples.safetensors")["samples"].shape == (100, 2)
 
 
@@ -164,7 +165,8 @@ def test_help_and_exit_codes_of_the_real_command(tmp_path):
 def test_inspect_draws_moves_counts_and_saves(checkpoint, tmp_path, capsys):
     """One picture, an animation over the steps, numbers, tensors: by the ending of --out."""
     for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.json", "a.safetensors"):
-        code, out, err = run(capsys, "inspect", checkpoint, "--labels", "0,2", "--image", 1, "--steps", 3, "--view", "components", "--pixel", 2, 5, "--out", tmp_path / "x" / name)
+        code, out, err = run(capsys, "inspect", checkpoint, "--labels", "0,2", "--image", 1, "--steps", 3, "--view",
+                             "components", "--pixel", 2, 5, "--out", tmp_path / "x" / name)
         assert code == 0 and name in out, err
     frames = Image.open(tmp_path / "x" / "a.gif"), Image.open(tmp_path / "x" / "a.webp")
     assert [frame.n_frames for frame in frames] == [3, 3] and frames[0].size == frames[1].size
@@ -174,20 +176,26 @@ def test_inspect_draws_moves_counts_and_saves(checkpoint, tmp_path, capsys):
     assert swatches <= {colour for _, colour in frames[0].convert("RGB").getcolors(1 << 24)}  # though a GIF has 256
     numbers = json.loads((tmp_path / "x" / "a.json").read_text())
     assert numbers["image"] == 1 and len(numbers["steps"]) == 3 and len(numbers["hypotheses"]) == 3
-    assert all((step["pixel"]["x"], step["pixel"]["y"], len(step["pixel"]["means"])) == (2, 5, 3) for step in numbers["steps"])
+    assert all((step["pixel"]["x"], step["pixel"]["y"], len(step["pixel"]["means"])) == (2, 5, 3)
+               for step in numbers["steps"])
     assert load_file(tmp_path / "x" / "a.safetensors")["step_002.guided.means"].shape == (2, 3, 3, 8, 8)
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--step", 2], "step: got 2; this trace has steps 0 to 1 (-1 is the last)"), (["--image", 1], "image: got 1; this trace holds images 0 to 0"),
-    (["--view", "aura"], "--view aura: must be one of components"), (["--arrange", "random"], "--arrange random: must be one of aligned, ranked, raw"),
+    (["--step", 2], "step: got 2; this trace has steps 0 to 1 (-1 is the last)"),
+    (["--image", 1], "image: got 1; this trace holds images 0 to 0"),
+    (["--view", "aura"], "--view aura: must be one of components"),
+    (["--arrange", "random"], "--arrange random: must be one of aligned, ranked, raw"),
     (["--view", "pixel", "--pixel", 0, 8], "pixel_y: got 8; this latent is 8 x 8"),
-    (["--pixel", 8, 0, "--out", "y/a.json"], "pixel_x: got 8; this latent is 8 x 8"), (["--out", "x.bmp"], "--out x.bmp: must end in"),
+    (["--pixel", 8, 0, "--out", "y/a.json"], "pixel_x: got 8; this latent is 8 x 8"),
+    (["--out", "x.bmp"], "--out x.bmp: must end in"),
 ])
 def test_inspect_refuses_in_one_line(checkpoint, tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, "inspect", checkpoint, "--labels", 0, "--steps", 2, "--out", tmp_path / "y" / "a.png", *arguments)
-    assert code == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1 and not (tmp_path / "y").exists()
+    code, out, err = run(capsys, "inspect", checkpoint, "--labels", 0, "--steps", 2, "--out",
+                         tmp_path / "y" / "a.png", *arguments)
+    assert code == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert not (tmp_path / "y").exists()
 
 
 def test_demo_draws_its_pictures(tmp_path, capsys):

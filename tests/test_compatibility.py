@@ -17,7 +17,8 @@ each_node = pytest.mark.parametrize("node", OLD)
 
 
 def widgets(schema: dict) -> list[str]:
-    return [name for name, entry in schema["inputs"].items() if entry["type"] in WIDGETS or isinstance(entry["type"], list)]
+    return [name for name, entry in schema["inputs"].items()
+            if entry["type"] in WIDGETS or isinstance(entry["type"], list)]
 
 
 @each_node

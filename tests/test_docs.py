@@ -81,7 +81,8 @@ def test_page_lists_every_input_and_output(node, language):
     inputs, outputs = tables(page(node, language))
     names = [row[0].split("<br>")[0].strip("`") for row in inputs]
     assert names == list(NODES[node]["inputs"])
-    assert [row[0].split("<br>")[0].strip("`") for row in outputs] == [output["name"] for output in NODES[node]["outputs"]]
+    named = [row[0].split("<br>")[0].strip("`") for row in outputs]
+    assert named == [output["name"] for output in NODES[node]["outputs"]]
     for row in inputs + outputs:
         assert len(row) == 2 and re.fullmatch(r"`\w+`.*", row[0]) and row[1]
 
@@ -89,12 +90,12 @@ def test_page_lists_every_input_and_output(node, language):
 @pytest.mark.parametrize(("node", "language"), PAGES)
 def test_page_gives_defaults_and_ranges(node, language):
     inputs, outputs = tables(page(node, language))
-    for (name, spec), row in zip(NODES[node]["inputs"].items(), inputs):
+    for (name, spec), row in zip(NODES[node]["inputs"].items(), inputs, strict=True):
         lines = row[0].replace("<wbr>", "").split("<br>")
         assert lines[-1] == expected_default(spec, language), name
         for option in spec["options"] if isinstance(spec.get("options"), list) and name != "model_name" else ():
             assert f"`{option}`" in row[1], (name, option)
-    for output, row in zip(NODES[node]["outputs"], outputs):
+    for output, row in zip(NODES[node]["outputs"], outputs, strict=True):
         assert output["type"] in (row[0].split("<br>")[-1], output["name"])
 
 
@@ -139,7 +140,7 @@ def test_english_is_the_schemas():
         for name, spec in schema["inputs"].items():
             assert entry["inputs"][name]["name"] == name
             assert entry["inputs"][name].get("tooltip") == spec["tooltip"], (node, name)
-        for output, spec in zip(entry["outputs"].values(), schema["outputs"]):
+        for output, spec in zip(entry["outputs"].values(), schema["outputs"], strict=True):
             assert (output["name"], output.get("tooltip")) == (spec["name"], spec["tooltip"]), node
 
 
@@ -175,13 +176,16 @@ def recorded(info: dict) -> dict:
     for group in ("required", "optional"):
         for name in info["input_order"].get(group, []):
             kind, options = info["input"][group][name]
-            spec = {"type": kind, "optional": group == "optional", "advanced": bool(options.get("advanced")), "tooltip": options.get("tooltip")}
+            spec = {"type": kind, "optional": group == "optional", "advanced": bool(options.get("advanced")),
+                    "tooltip": options.get("tooltip")}
             spec |= {key: options[key] for key in ("default", "min", "max", "options") if key in options}
             if len(spec.get("options", ())) > 100:
                 spec["options"] = len(spec["options"])
             inputs[name] = spec
-    outputs = [dict(zip(("name", "type", "tooltip"), o)) for o in zip(info["output_name"], info["output"], info["output_tooltips"])]
-    return {"display_name": info["display_name"], "description": info["description"], "inputs": inputs, "outputs": outputs}
+    outputs = [dict(zip(("name", "type", "tooltip"), o, strict=True))
+               for o in zip(info["output_name"], info["output"], info["output_tooltips"], strict=True)]
+    return {"display_name": info["display_name"], "description": info["description"], "inputs": inputs,
+            "outputs": outputs}
 
 
 if __name__ == "__main__":

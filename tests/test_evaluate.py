@@ -39,22 +39,25 @@ CPU = torch.device("cpu")
 
 def save(path, k=2, classes=10, channels=3, size=16, vanilla=False, space=None, names=None):
     torch.manual_seed(k)
-    config = GMDiTConfig(num_classes=classes, num_gaussians=k, in_channels=channels, sample_size=size, patch_size=4, num_layers=1,
-                         num_heads=2, head_dim=8, logstd_width=8, constant_logstd=0.0 if vanilla else None)
+    config = GMDiTConfig(num_classes=classes, num_gaussians=k, in_channels=channels, sample_size=size, patch_size=4,
+                         num_layers=1, num_heads=2, head_dim=8, logstd_width=8,
+                         constant_logstd=0.0 if vanilla else None)
     model, spectrum = GMDiT(config), SpectrumMLP(SpectrumConfig((channels, size, size), (8, 4)))
     for net in (model, spectrum):
         net.init_weights()
     for p in model.parameters():  # the zeros of a new network would hide what labels and guidance do
         p.data += 0.1 * torch.randn_like(p)
     names = names or tuple(str(i) for i in range(classes))
-    save_checkpoint(path, model.eval(), None if vanilla else spectrum.eval(), class_names=names, latent_space=space, training={"step": 7})
+    save_checkpoint(path, model.eval(), None if vanilla else spectrum.eval(), class_names=names, latent_space=space,
+                    training={"step": 7})
     return path
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {"gm": save(folder / "gm.safetensors"), "k3": save(folder / "k3.safetensors", 3), "vanilla": save(folder / "plain.safetensors", 1, vanilla=True)}
+    return {"gm": save(folder / "gm.safetensors"), "k3": save(folder / "k3.safetensors", 3),
+            "vanilla": save(folder / "plain.safetensors", 1, vanilla=True)}
 
 
 @pytest.fixture
@@ -109,7 +112,8 @@ def test_every_solver_reads_the_guided_posterior(files, solver):
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(2)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        out = [solve(Setting(solver, 3, w), GMDenoiser(checkpoint.model, labels, w), x, generator=torch.Generator().manual_seed(0)) for w in (0, 0, 0.4)]
+        out = [solve(Setting(solver, 3, w), GMDenoiser(checkpoint.model, labels, w), x,
+                     generator=torch.Generator().manual_seed(0)) for w in (0, 0, 0.4)]
     assert out[0].isfinite().all() and torch.equal(out[0], out[1]) and not torch.allclose(out[0], out[2], atol=1e-4)
 
 
@@ -156,7 +160,8 @@ def test_a_reference_is_kept_and_read_back(tmp_path):
     evaluate.save_reference(tmp_path / "r.safetensors", reference, "colours")
     again = load_reference(tmp_path / "r.safetensors", "colours")
     assert torch.equal(again.features, reference.features) and again.saturation == reference.saturation
-    assert load_reference(tmp_path / "r.safetensors", "others") is None and load_reference(tmp_path / "absent", "colours") is None
+    assert load_reference(tmp_path / "r.safetensors", "others") is None
+    assert load_reference(tmp_path / "absent", "colours") is None
     assert measure_reference(images, mean_colour, 8).count == 8
 
 
@@ -196,14 +201,16 @@ def test_likelihood_is_that_of_the_mixture(files, monkeypatch):
     images = DigitImages()
     found = likelihood(subject, images, batch=3)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:3]
-    x_0, labels, generator = images.pixels(chosen).float() / 127.5 - 1, images.labels[chosen], torch.Generator().manual_seed(0)
+    x_0, labels, generator = (images.pixels(chosen).float() / 127.5 - 1, images.labels[chosen],
+                              torch.Generator().manual_seed(0))
     means = []
     for j in range(16):
         s, noise = (j + 0.5) / 16, torch.randn(x_0.shape, generator=generator)
         with torch.no_grad():
             packed = subject.checkpoint.model((1 - s) * x_0 + s * noise, torch.full((3,), s), labels)
             v = subject.checkpoint.model.mixture(packed)
-        normal = torch.distributions.Independent(torch.distributions.Normal(v.means.permute(0, 3, 4, 1, 2), v.log_std.exp()[:, 0, 0, 0, 0].view(3, 1, 1, 1, 1)), 1)
+        std = v.log_std.exp()[:, 0, 0, 0, 0].view(3, 1, 1, 1, 1)
+        normal = torch.distributions.Independent(torch.distributions.Normal(v.means.permute(0, 3, 4, 1, 2), std), 1)
         weights = torch.distributions.Categorical(logits=v.log_weights[:, :, 0].permute(0, 2, 3, 1))
         log_prob = torch.distributions.MixtureSameFamily(weights, normal).log_prob((noise - x_0).permute(0, 2, 3, 1))
         means.append(-log_prob.mean().item())
@@ -216,24 +223,28 @@ def test_likelihood_is_that_of_the_mixture(files, monkeypatch):
 
 def test_a_sweep_is_resumed_and_added_to(files, tmp_path, quick, monkeypatch, capsys):
     out = tmp_path / "out"
-    assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2, "--out", out) == 0
+    assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2,
+               "--out", out) == 0
     first = rows(out)
     assert len(first) == 2 * 2 * 4
     row = next(r for r in first if r["solver"] == "gm-ode2" and r["steps"] == 2 and r["guidance"] == 0.3)
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(12) % 10
     x = torch.cat([draw(checkpoint, Setting("gm-ode2", 2, 0.3), part, i) for i, part in enumerate(labels.split(6))])
     assert row["saturation"] == pytest.approx(saturation(quantise(x)).mean().item(), rel=1e-4)
-    assert {"fid", "precision", "recall", "overshoot", "accuracy", "on_palette", "one_ink", "images_per_second"} <= set(row)
+    assert {"fid", "precision", "recall", "overshoot", "accuracy", "on_palette", "one_ink",
+            "images_per_second"} <= set(row)
     assert Image.open(out / row["picture"]).size == (2 + 5 * 34, 2 + 2 * 34)
 
     monkeypatch.setattr(evaluate, "draw", lambda *_: pytest.fail("a finished row is sampled again"))
-    assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2, "--out", out) == 0
+    assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2,
+               "--out", out) == 0
     assert rows(out) == first
     monkeypatch.setattr(evaluate, "draw", draw)
     assert run(files["k3"], files["vanilla"], "--data", "digits", "--steps", 1, 2, "--out", out) == 0
     assert len(rows(out)) == len(first) + 4 + 2 and rows(out)[: len(first)] == first
     content = json.loads((out / RESULTS).read_text())
-    assert [(c["components"], c["vanilla"], c["steps"]) for c in content["checkpoints"].values()] == [(2, False, 7), (3, False, 7), (1, True, 7)]
+    assert ([(c["components"], c["vanilla"], c["steps"]) for c in content["checkpoints"].values()]
+            == [(2, False, 7), (3, False, 7), (1, True, 7)])
     assert content["checkpoints"]["gm"]["nll"] and content["checkpoints"]["plain"]["nll"] is None
     for name in ("figure6.png", "figure7.png", "saturation.png", "compare.png"):
         assert min(Image.open(out / name).size) > 100
@@ -250,15 +261,19 @@ def test_a_sweep_is_resumed_and_added_to(files, tmp_path, quick, monkeypatch, ca
 def test_what_suits_a_checkpoint(files):
     gm, vanilla = (open_subject(files[k], None, CPU, "float32") for k in ("gm", "vanilla"))
     ask = lambda *more: parse(["x", "--data", "digits", "--steps", "4", "8", *more])  # noqa: E731
-    assert [(s.solver, s.steps) for s in settings(gm, ask())] == [("gm-ode2", 4), ("gm-ode2", 8), ("gm-sde2", 4), ("gm-sde2", 8)]
+    assert [(s.solver, s.steps) for s in settings(gm, ask())] == [("gm-ode2", 4), ("gm-ode2", 8), ("gm-sde2", 4),
+                                                                  ("gm-sde2", 8)]
     assert [s.solver for s in settings(vanilla, ask())] == ["euler", "euler"]
     both = ask("--solvers", "gm-ode1", "ddpm", "--guidance", "0", "0.3", "--cfg", "2", "--corrections", "1")
     assert {(s.solver, s.guidance, s.method, s.corrections) for s in settings(gm, both)} == {
-        (s, w, m, c) for s, c in (("gm-ode1", 1), ("ddpm", 0)) for w, m in ((0.0, "probabilistic"), (0.3, "probabilistic"), (2.0, "cfg"))}
-    assert {(s.solver, s.guidance, s.method) for s in settings(vanilla, both)} == {("ddpm", 0.0, "probabilistic"), ("ddpm", 2.0, "cfg")}
-    found = settings(gm, parse(["x", "--data", "digits", "--solvers", "gm-ode1", "--steps", "4", "--guidance", "0.3", "--ablations"]))
-    assert [s.title for s in found] == ["GM-ODE 1", "GM-SDE 2", "GM-SDE 2, white noise", "SDE-DPM++ 2M", "GM-ODE 2", "GM-ODE 2, 1 substep",
-                                        "GM-ODE 2, no re-anchoring", "GM-ODE 2, published tilt",
+        (s, w, m, c) for s, c in (("gm-ode1", 1), ("ddpm", 0))
+        for w, m in ((0.0, "probabilistic"), (0.3, "probabilistic"), (2.0, "cfg"))}
+    assert {(s.solver, s.guidance, s.method) for s in settings(vanilla, both)} == {("ddpm", 0.0, "probabilistic"),
+                                                                                   ("ddpm", 2.0, "cfg")}
+    found = settings(gm, parse(["x", "--data", "digits", "--solvers", "gm-ode1", "--steps", "4", "--guidance", "0.3",
+                                "--ablations"]))
+    assert [s.title for s in found] == ["GM-ODE 1", "GM-SDE 2", "GM-SDE 2, white noise", "SDE-DPM++ 2M", "GM-ODE 2",
+                                        "GM-ODE 2, 1 substep", "GM-ODE 2, no re-anchoring", "GM-ODE 2, published tilt",
                                         "GM-SDE 2, published tilt", "GM-ODE 2, no projection"]
 
 
@@ -266,7 +281,8 @@ def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):
     """Features stand in for Inception's; accuracy is by neighbours, likelihood needs the same classes."""
     monkeypatch.setattr(evaluate, "inception", lambda weights, device: mean_colour)
     folder = folder_of_images(tmp_path / "bugs")
-    same, other = save(tmp_path / "same.safetensors", classes=2, names=("ant", "bee")), save(tmp_path / "other.safetensors", 3, classes=2)
+    same, other = (save(tmp_path / "same.safetensors", classes=2, names=("ant", "bee")),
+                   save(tmp_path / "other.safetensors", 3, classes=2))
     assert run(same, other, "--data", folder, "--steps", 2, "--solvers", "gm-ode1", "--out", tmp_path / "out") == 0
     content = json.loads((tmp_path / "out" / RESULTS).read_text())
     assert len(content["rows"]) == 2 and all(0 <= r["accuracy"] <= 1 and r["fid"] > 0 for r in content["rows"])
@@ -277,7 +293,8 @@ def tiny_vae(path, **options):
     kl = importable("diffusers", "AutoencoderKL")
     torch.manual_seed(0)
     kl(**(dict(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, scaling_factor=0.7) | options)).save_pretrained(path)
     return path
 
@@ -285,7 +302,8 @@ def tiny_vae(path, **options):
 def test_latents_are_decoded(tmp_path, quick, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "inception", lambda weights, device: mean_colour)
     vae, folder = tiny_vae(tmp_path / "vae"), folder_of_images(tmp_path / "bugs")
-    model = save(tmp_path / "latent.safetensors", classes=2, channels=4, size=8, space=LatentSpace("sd-vae", 0.7, 0.0), names=("ant", "bee"))
+    model = save(tmp_path / "latent.safetensors", classes=2, channels=4, size=8, space=LatentSpace("sd-vae", 0.7, 0.0),
+                 names=("ant", "bee"))
     assert run(model, "--data", folder, "--steps", 2, "--out", tmp_path / "out") == 2
     assert "a model of latents (sd-vae); name their VAE with --vae" in capsys.readouterr().err
     assert run(model, "--data", folder, "--steps", 2, "--vae", vae, "--out", tmp_path / "out") == 0
@@ -328,7 +346,8 @@ def test_bad_input(files, tmp_path, capsys, quick):
         ((wide, "--data", "digits"), "--data digits are 16x16 pictures, the model makes 32x32"),
         ((files["gm"], wide, "--data", folder), "wide makes 32 pixels, gm 16: evaluate them apart"),
         ((files["gm"], files["gm"], "--data", "digits"), "checkpoints need different names"),
-        ((files["vanilla"], "--data", "digits", "--solvers", "gm-ode2"), "nothing to sample plain with: a vanilla model takes --solvers euler"),
+        ((files["vanilla"], "--data", "digits", "--solvers", "gm-ode2"),
+         "nothing to sample plain with: a vanilla model takes --solvers euler"),
         ((files["vanilla"], "--data", "digits", "--guidance", "0.3"), "and --guidance 0 or --cfg"),
         ((files["gm"], "--data", folder / "ant" / "0.png"), "is a file; the data must be a folder"),
         ((files["gm"], "--data", folder, "--inception", tmp_path / "no.pth"), "no.pth"),
@@ -338,14 +357,16 @@ def test_bad_input(files, tmp_path, capsys, quick):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / RESULTS).write_text("[]")
     assert run(files["gm"], "--data", "digits", "--out", tmp_path / "broken") == 2
-    assert "not results of this program" in capsys.readouterr().err and (tmp_path / "broken" / RESULTS).read_text() == "[]"
+    assert "not results of this program" in capsys.readouterr().err
+    assert (tmp_path / "broken" / RESULTS).read_text() == "[]"
 
 
 # ---- the figures' lines ------------------------------------------------------------------------
 
 def test_curves_begin_unguided_and_rise():
     def row(steps, guidance, method="probabilistic", **more):
-        return {"checkpoint": "a", "precision": guidance, **Setting("gm-ode2", steps, guidance, method).to_dict(), **more}
+        return {"checkpoint": "a", "precision": guidance, **Setting("gm-ode2", steps, guidance, method).to_dict(),
+                **more}
 
     found = [row(8, 0.5), row(8, 0.0), row(8, 0.2), row(4, 0.0), row(4, 0.3), row(8, 3.0, "cfg"), row(8, 2.0, "cfg")]
     lines = curves({"rows": found, "checkpoints": {"a": {"vanilla": False}}})
@@ -354,5 +375,6 @@ def test_curves_begin_unguided_and_rise():
 
 
 def test_a_table_without_figures_is_still_one():
-    results = {"rows": [], "checkpoints": {}, "samples": 5, "seed": 0, "real_images": 3, "reference": "x", "real_saturation": 0.5}
+    results = {"rows": [], "checkpoints": {}, "samples": 5, "seed": 0, "real_images": 3, "reference": "x",
+               "real_saturation": 0.5}
     assert "5 samples a row" in markdown(results)

@@ -41,7 +41,7 @@ def test_the_recipe_repeats_itself_and_leaves_the_generator(data, monkeypatch):
     before = torch.get_rng_state()
     one, two = train_digits_net(data), train_digits_net(data)
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert not any(p.requires_grad for p in one.parameters()) and not one.training
 
 

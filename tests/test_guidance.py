@@ -1,6 +1,7 @@
 """Probabilistic guidance and vanilla CFG: closed forms, limits and recorded numbers."""
 
 import math
+from operator import itemgetter, methodcaller
 
 import pytest
 import torch
@@ -115,8 +116,8 @@ def test_guidance_does_not_mix_samples(rng, scale):
     both = probabilistic_guidance(cond, uncond, scale)
     for i in range(2):
         one = slice(i, i + 1)
-        alone = probabilistic_guidance(cond.map(lambda t: t[one]), uncond.map(lambda t: t[one]), scale)
-        assert_same_mixture(both.map(lambda t: t[one]), alone, 1e-14)
+        alone = probabilistic_guidance(cond.map(itemgetter(one)), uncond.map(itemgetter(one)), scale)
+        assert_same_mixture(both.map(itemgetter(one)), alone, 1e-14)
 
 
 @pytest.mark.parametrize("space", [(), (5,), (2, 3, 2)], ids=str)
@@ -131,7 +132,7 @@ def test_equal_conditionals_have_no_direction(rng):
     """The bias is zero; what is left of the tilt narrows, N(m_c, v_c (1 - w^2)) / N(m_c, v_c)."""
     cond = random_mixture(rng)
     for dtype in (torch.float32, torch.float64):
-        same = cond.map(lambda t: t.to(dtype))
+        same = cond.map(methodcaller("to", dtype))
         got = guide_probabilistic(same, same, 0.45)
         assert torch.equal(got.bias, torch.zeros_like(got.bias))
         for tensor in (got.posterior.means, got.posterior.log_weights, got.posterior.log_std):
@@ -152,7 +153,8 @@ def test_tilt_toward_agrees_with_guidance_and_bounds_the_bias(rng):
     guided = guide_probabilistic(cond, uncond, 0.6)
     assert_same_mixture(tilt_toward(cond, guided.anchor, guided.target), guided.posterior, 1e-10)
     torch.testing.assert_close(biased_target(guided.anchor, guided.bias).var, guided.target.var)
-    strong = tilt_toward(cond, guided.anchor, biased_target(guided.anchor, 50 * guided.bias))  # rescaled to v_c, variance at its floor
+    # Rescaled to v_c, the variance at its floor.
+    strong = tilt_toward(cond, guided.anchor, biased_target(guided.anchor, 50 * guided.bias))
     anchor, unit = guided.anchor, guided.bias / 0.6
     precision = 1 / (anchor.var * 1e-6) - 1 / anchor.var
     expected_var = cond.var / (1 + precision * cond.var)

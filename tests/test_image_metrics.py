@@ -42,7 +42,8 @@ def test_fid_of_commuting_gaussians(rng):
     s_1[0] = s_2[1] = 0
     want = 4 * 6 + (s_1 - s_2).square().sum().item()
     zero = torch.zeros(6, dtype=torch.float64)
-    assert frechet_distance((zero, s_1.square().diag()), (zero + 2, s_2.square().diag())) == pytest.approx(want, rel=1e-6)
+    distance = frechet_distance((zero, s_1.square().diag()), (zero + 2, s_2.square().diag()))
+    assert distance == pytest.approx(want, rel=1e-6)
 
 
 def test_fid_agrees_with_torchmetrics(rng):
@@ -106,7 +107,7 @@ def test_close_neighbours_far_from_the_origin():
 def test_saturation_is_colorsys(rng):
     pixels = torch.randint(0, 256, (2, 3, 5, 5), generator=rng).to(torch.uint8)
     pixels[0, :, 0, 0], pixels[0, :, 0, 1] = 0, 7
-    for image, got in zip(pixels, saturation(pixels).tolist()):
+    for image, got in zip(pixels, saturation(pixels).tolist(), strict=True):
         want = [colorsys.rgb_to_hsv(*(p.tolist()))[1] for p in image.double().flatten(1).T / 255]
         assert got == pytest.approx(sum(want) / len(want), rel=1e-9)
 

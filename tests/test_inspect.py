@@ -79,7 +79,8 @@ def test_align_undoes_a_permutation_per_pixel(rng):
     means = colours[order] + 0.05 * torch.randn(pixels, 4, 3, generator=rng)
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])[order]
     mix = GaussianMixture.from_logits(
-        means.permute(1, 2, 0).reshape(1, 4, 3, 8, 8), weights.log().T.reshape(1, 4, 1, 8, 8), torch.zeros(1, 1, 1, 1, 1)
+        means.permute(1, 2, 0).reshape(1, 4, 3, 8, 8), weights.log().T.reshape(1, 4, 1, 8, 8),
+        torch.zeros(1, 1, 1, 1, 1)
     )
     aligned = align(mix)
     assert aligned.means.flatten(3).std(-1).max() < 0.08  # raw: about 0.4
@@ -117,13 +118,16 @@ def test_regions_see_every_part_of_a_large_image(size, k):
     colours = torch.tensor([[0.8, -0.6, -0.6], [0.5, -0.6, -0.6], [-0.7, 0.8, -0.6], [-0.7, -0.6, 0.9]])
     column, first = torch.arange(size), torch.arange(k) % 2 == 0
     striped = (column >= 0.38 * size) & (column < 0.49 * size)
-    means = torch.where(striped[None, :, None], colours[2:][torch.arange(k) % 2][:, None], colours[:2][torch.arange(k) % 2][:, None])
+    means = torch.where(striped[None, :, None], colours[2:][torch.arange(k) % 2][:, None],
+                        colours[:2][torch.arange(k) % 2][:, None])
     means = means.movedim(2, 1)[None, :, :, None, :].expand(1, k, 3, size, size)
     logits = torch.where(first, math.log(0.9), math.log(0.1))[None, :, None, None, None].expand(1, k, 1, size, size)
     found = regions(GaussianMixture.from_logits(means, logits, torch.zeros(1, 1, 1, 1, 1)), 4)[0]
     share = striped.float().mean()
-    true = sorted(zip([0.9 * (1 - share), 0.1 * (1 - share), 0.9 * share, 0.1 * share], colours.tolist()), reverse=True)
-    torch.testing.assert_close(found, torch.tensor([colour for _, colour in true]), atol=1e-3, rtol=0)  # and by falling weight
+    weights = [0.9 * (1 - share), 0.1 * (1 - share), 0.9 * share, 0.1 * share]
+    true = sorted(zip(weights, colours.tolist(), strict=True), reverse=True)
+    # And by falling weight.
+    torch.testing.assert_close(found, torch.tensor([colour for _, colour in true]), atol=1e-3, rtol=0)
 
 
 # ---- across steps ------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ def test_follow_undoes_the_shuffles_of_a_drifting_mixture(rng):
     true, shuffled = drifting(rng)
     aligned = align(shuffled[0])
     assert torch.equal(aligned.means, true[0].means)  # by falling weight, as it was made
-    for mix, expected in zip(shuffled[1:], true[1:]):
+    for mix, expected in zip(shuffled[1:], true[1:], strict=True):
         aligned = follow(mix, aligned)
         assert torch.equal(aligned.means, expected.means) and torch.equal(aligned.log_weights, expected.log_weights)
     assert not torch.equal(align(shuffled[-1]).means, shuffled[-1].means)  # there was something to undo
@@ -167,7 +171,8 @@ def test_hypotheses_are_the_same_regions_at_every_step():
     early = torch.stack([ink, other, ink + 0.1, other + 0.1])
     late = torch.stack([ink + 0.1, ink, ink, ink + 0.2])
     build = lambda means, w: GaussianMixture(  # noqa: E731
-        means.reshape(1, 4, 3, 1, 1).expand(1, 4, 3, 2, 2), torch.tensor(w).log().reshape(1, 4, 1, 1, 1).expand(1, 4, 1, 2, 2),
+        means.reshape(1, 4, 3, 1, 1).expand(1, 4, 3, 2, 2),
+        torch.tensor(w).log().reshape(1, 4, 1, 1, 1).expand(1, 4, 1, 2, 2),
         torch.zeros(1, 1, 1, 1, 1),
     )
     first, last = build(early, [0.4, 0.2, 0.2, 0.2]), build(late, [0.1, 0.2, 0.3, 0.4])

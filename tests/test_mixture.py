@@ -208,7 +208,7 @@ def test_what_was_read_without_a_gradient_is_not_kept_for_when_one_is_needed(rng
                 read_everything(tilted, x), read_everything(base, x)
         return torch.autograd.grad(read_everything(tilted, x) + read_everything(base, x), (means, shift))
 
-    for got, expected in zip(gradients(True), gradients(False)):
+    for got, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(got, expected)
 
 

@@ -42,8 +42,8 @@ def test_a_pool_has_the_mean_and_variance_of_the_sum(pack, rng):
     torch.testing.assert_close(pooled.weights.sum(1), torch.ones_like(pooled.weights.sum(1)))
     shares = [2 / 3, 1 / 3]
     moments = [part.moments() for part in parts]
-    mean = sum(s * m.mean for s, m in zip(shares, moments))
-    second = sum(s * (m.var + m.mean.square().mean(1, keepdim=True)) for s, m in zip(shares, moments))
+    mean = sum(s * m.mean for s, m in zip(shares, moments, strict=True))
+    second = sum(s * (m.var + m.mean.square().mean(1, keepdim=True)) for s, m in zip(shares, moments, strict=True))
     torch.testing.assert_close(pooled.mean(), mean)
     torch.testing.assert_close(pooled.moments().var, second - mean.square().mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
 
@@ -128,7 +128,8 @@ def test_a_mask_that_depends_on_sigma_keeps_its_last_threshold_at_zero(pack, rng
 @pytest.fixture
 def config(pack):
     return pack("gmflow_core").GMDiTConfig(
-        num_classes=10, num_gaussians=2, in_channels=3, sample_size=8, patch_size=2, num_layers=1, num_heads=1, head_dim=8
+        num_classes=10, num_gaussians=2, in_channels=3, sample_size=8, patch_size=2, num_layers=1,
+        num_heads=1, head_dim=8
     )
 
 
@@ -142,7 +143,8 @@ def test_labels_survive_the_trip(pack, config):
     describe = pack("nodes.model_info")
     three = describe.make_conditioning([3, 0, 9], 10)
     assert read(pack, three, config) == [3, 0, 9]
-    assert read(pack, [[torch.zeros_like(three[0][0]), three[0][1]]], config) == [10]  # ConditioningZeroOut asks for nothing
+    # ConditioningZeroOut asks for nothing.
+    assert read(pack, [[torch.zeros_like(three[0][0]), three[0][1]]], config) == [10]
     assert read(pack, [[None, {}]], config) == [10]
     assert read(pack, describe.null_conditioning(config), config) == [10]
 
@@ -164,7 +166,8 @@ def test_latents_that_do_not_fit(pack, config):
     info = describe.ModelInfo(config, None, space, None)
     describe.check_latent(info, torch.zeros(1, 3, 8, 12), torch.zeros(1, 3, 8, 12))
     for shape in ((1, 4, 8, 8), (1, 3, 9, 8), (1, 3, 1, 8, 8)):
-        with pytest.raises(ValueError, match=r"latent: got .* 3 channels \(RGB pixels\), height and width multiples of 2"):
+        with pytest.raises(ValueError,
+                           match=r"latent: got .* 3 channels \(RGB pixels\), height and width multiples of 2"):
             describe.check_latent(info, torch.zeros(shape), None)
     describe.check_latent(info, torch.zeros(1, 3, 8, 64), None)
     with pytest.raises(ValueError, match=r"latent: 8 x 512 is 64 times the 8 x 8 that .*GMFlow Empty Latent makes one"):
@@ -188,7 +191,8 @@ def test_a_trace_is_recorded_if_asked_for_and_sampled_again_if_not(pack, rng):
 
     def run(recorder):
         runs.append(recorder)
-        core.sample_gm_ode(lambda x, s: core.unguided(posterior), torch.zeros(2, 3, 4, 4), core.flow_sigmas(3), callback=recorder)
+        core.sample_gm_ode(lambda x, s: core.unguided(posterior), torch.zeros(2, 3, 4, 4), core.flow_sigmas(3),
+                           callback=recorder)
         return "latent"
 
     hidden = types.SimpleNamespace(unique_id="4", prompt={"5": {"inputs": {"trace": ["4", 1]}}})

@@ -173,7 +173,8 @@ def test_mean_loss_against_torch_distributions(rng, space):
     torch.testing.assert_close(loss, expected)
     inputs, each = [leaf.means, leaf.log_weights], torch.arange(1.0, 4).double()
     assert torch.autograd.grad(loss.sum(), leaf.log_std, allow_unused=True, retain_graph=True)[0] is None
-    for a, b in zip(torch.autograd.grad(each @ loss, inputs, retain_graph=True), torch.autograd.grad(each @ expected, inputs)):
+    for a, b in zip(torch.autograd.grad(each @ loss, inputs, retain_graph=True),
+                    torch.autograd.grad(each @ expected, inputs), strict=True):
         torch.testing.assert_close(a, b)
 
 

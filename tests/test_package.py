@@ -55,11 +55,13 @@ def test_comfy_cli_packs_the_same(tmp_path):
     environment = os.environ | {"DO_NOT_TRACK": "1", "HOME": str(tmp_path)}
     for verb in ("validate", "pack"):
         command = ["comfy", "--skip-prompt", "node", verb]
-        done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True,
+                              timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
     packed = set(zipfile.ZipFile(tmp_path / "clone" / "node.zip").namelist())
     ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
-    tracked = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, capture_output=True,
+                             text=True, check=True)
     assert packed == {name for name in tracked.stdout.splitlines() if not ignored.match_file(name)}
 
 

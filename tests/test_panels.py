@@ -59,7 +59,7 @@ def test_the_images_that_are_kept_are_those_of_the_batch(rng):
     some, _ = record(rng, recorder=Recorder(images=2))
     rng.set_state(state)
     whole, _ = record(rng)
-    for a, b in zip(some.steps, whole.steps):
+    for a, b in zip(some.steps, whole.steps, strict=True):
         assert torch.equal(a.x, b.x[:2])
         torch.testing.assert_close(a.divergence, b.divergence[:2])
         for name in ("conditional", "guided", "corrected"):
@@ -68,7 +68,8 @@ def test_the_images_that_are_kept_are_those_of_the_batch(rng):
 
 
 def summary(values: np.ndarray) -> dict:
-    return {"mean": values.mean(), "p5": np.percentile(values, 5), "median": np.percentile(values, 50), "p95": np.percentile(values, 95)}
+    return {"mean": values.mean(), "p5": np.percentile(values, 5), "median": np.percentile(values, 50),
+            "p95": np.percentile(values, 95)}
 
 
 def test_numbers_agree_with_a_computation_of_their_own(rng):
@@ -76,7 +77,7 @@ def test_numbers_agree_with_a_computation_of_their_own(rng):
     trace, _ = record(rng)
     numbers = json.loads(json.dumps(statistics(trace, image=1, pixel=(3, 1))))
     assert numbers["format"] == 1 and [s["step"] for s in numbers["steps"]] == [0, 1, 2]
-    for said, step in zip(numbers["steps"], trace.steps):
+    for said, step in zip(numbers["steps"], trace.steps, strict=True):
         def parts(mixture):
             means, logits = (t[1].double().numpy() for t in (mixture.means, mixture.log_weights))
             w = np.exp(logits[:, 0]) / np.exp(logits[:, 0]).sum(0)                  # (K,H,W)
@@ -85,7 +86,8 @@ def test_numbers_agree_with_a_computation_of_their_own(rng):
         entropy = -(w * np.log2(w)).sum(0)
         between = np.sqrt((w[:, None] * (means - mean) ** 2).sum(0).mean(0))
         expected = {
-            "entropy_bits": summary(entropy), "effective_components": summary(2**entropy), "std_between": summary(between),
+            "entropy_bits": summary(entropy), "effective_components": summary(2**entropy),
+            "std_between": summary(between),
             "guidance_shift": summary(np.sqrt(((parts(step.guided)[2] - parts(step.conditional)[2]) ** 2).mean(0))),
             "correction_shift": summary(np.sqrt(((mean - parts(step.guided)[2]) ** 2).mean(0))),
             "guidance_kl": summary(step.divergence[1].double().numpy()),
@@ -95,7 +97,8 @@ def test_numbers_agree_with_a_computation_of_their_own(rng):
         assert said["log_std"] == pytest.approx(step.corrected.log_std[1].item(), abs=1e-6)
         assert said["std_within"] == pytest.approx(math.exp(step.corrected.log_std[1].item()), rel=1e-4)
         # The order of components is arbitrary: compare what does not depend on it.
-        assert sum(said["weights"]) == pytest.approx(1, abs=1e-5) and sum(said["dominance"]) == pytest.approx(1, abs=1e-5)
+        assert sum(said["weights"]) == pytest.approx(1, abs=1e-5)
+        assert sum(said["dominance"]) == pytest.approx(1, abs=1e-5)
         assert [sum(said["hypotheses"][name]) for name in ("weights", "dominance")] == pytest.approx([1, 1], abs=1e-5)
         centres = np.array(numbers["hypotheses"])                                   # (N,C)
         label = ((means[:, None] - centres[None, :, :, None, None]) ** 2).sum(2).argmin(1)      # (K,H,W)
@@ -143,7 +146,8 @@ def test_components_keep_their_order_over_the_steps(rng):
     )
     steps = statistics(recorder.trace())["steps"]
     for name in ("weights", "dominance"):
-        assert steps[0][name] == pytest.approx(steps[1][name], abs=1e-4) and steps[0][name] == pytest.approx(steps[2][name], abs=1e-4)
+        assert steps[0][name] == pytest.approx(steps[1][name], abs=1e-4)
+        assert steps[0][name] == pytest.approx(steps[2][name], abs=1e-4)
     assert steps[0]["hypotheses"]["weights"] == pytest.approx(steps[2]["hypotheses"]["weights"], abs=1e-4)
 
 
@@ -186,17 +190,21 @@ def test_what_is_not_there_is_refused(rng):
             read(Trace(()))
     assert pick(trace, -1, 0).sigma == pytest.approx(1 / 3)
     for count in (0, -1):
-        for read in (lambda: statistics(trace, 0, count), lambda: draw(trace, "winners", 0, 0, "raw", count, lambda x: x)):
-            with pytest.raises(ValueError, match=f"max_components: got {count}; at least one"):
-                read()
+        with pytest.raises(ValueError, match=f"max_components: got {count}; at least one"):
+            statistics(trace, 0, count)
+        with pytest.raises(ValueError, match=f"max_components: got {count}; at least one"):
+            draw(trace, "winners", 0, 0, "raw", count, lambda x: x)
 
 
-@pytest.mark.parametrize("part, value", [("means", math.nan), ("means", math.inf), ("log_weights", math.nan), ("log_std", -math.inf)])
+@pytest.mark.parametrize("part, value",
+                         [("means", math.nan), ("means", math.inf), ("log_weights", math.nan), ("log_std", -math.inf)])
 def test_a_mixture_that_is_not_finite_is_named(rng, part, value):
     trace, _ = record(rng)
     getattr(trace.steps[1].guided, part)[2].view(-1)[0] = value
-    for read in (lambda: pick(trace, 1, 2), lambda: statistics(trace, 2), lambda: draw(trace, "components", 1, 2, "raw", 8, lambda x: x)):
-        with pytest.raises(ValueError, match="trace: step 1, image 2, guided: the mixture holds NaN or infinite values"):
+    for read in (lambda: pick(trace, 1, 2), lambda: statistics(trace, 2),
+                 lambda: draw(trace, "components", 1, 2, "raw", 8, lambda x: x)):
+        with pytest.raises(ValueError,
+                           match="trace: step 1, image 2, guided: the mixture holds NaN or infinite values"):
             read()
     assert pick(trace, 1, 1).x.isfinite().all()  # the others are as they were
 
@@ -255,7 +263,9 @@ def test_a_scale_is_not_ruled_by_a_few_pixels(rng):
 
 
 def test_what_no_part_holds_is_grey_in_a_chart_of_shares():
-    count = lambda shares: dict((c, n) for n, c in share_chart("", [1.0, 0.5], shares).getcolors(1 << 24)).get(REST, 0)  # noqa: E731
+    def count(shares) -> int:
+        return {colour: n for n, colour in share_chart("", [1.0, 0.5], shares).getcolors(1 << 24)}.get(REST, 0)
+
     whole, half = count([[0.5, 0.5]] * 2), count([[0.25, 0.25]] * 2)
     assert whole == 0 and half > 5000
     assert count([[1 / 20] * 20] * 2) > 5000  # past the twelfth
@@ -281,12 +291,16 @@ def test_pixels_for_a_page(rng, tmp_path, order, count):
     with safe_open(tmp_path / "pixels.safetensors", "pt") as file:
         about = json.loads(file.metadata()["gmflow_pixels"])
     assert about["title"] == "Step 1 (0 to 2), sigma 0.667" and about["components"] == 8 and about["bits"] == 3
-    assert about["parts"].startswith({"aligned": "hypotheses", "ranked": "components by their rank", "raw": "components as the network"}[order])
-    assert about["std"] == pytest.approx(pick(trace, 1, 2).corrected.log_std.exp().item(), abs=1e-6) and len(about["colours"]) == count
+    assert about["parts"].startswith({"aligned": "hypotheses", "ranked": "components by their rank",
+                                      "raw": "components as the network"}[order])
+    assert about["std"] == pytest.approx(pick(trace, 1, 2).corrected.log_std.exp().item(), abs=1e-6)
+    assert len(about["colours"]) == count
     shown = ordered(pick(trace, 1, 2).corrected, order, count, scene.centres)
-    torch.testing.assert_close(tensors["weights"].float(), shown.weights[0, :, 0].permute(1, 2, 0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(tensors["weights"].float(), shown.weights[0, :, 0].permute(1, 2, 0),
+                               atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(tensors["means"][3, 5].float(), shown.means[0, :, :, 3, 5], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(tensors["entropy"].float(), weight_entropy(pick(trace, 1, 2).corrected)[0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(tensors["entropy"].float(), weight_entropy(pick(trace, 1, 2).corrected)[0],
+                               atol=2e-3, rtol=0)
     expected = ((torch.cat([scene.step.corrected.mean(), shown.means[0]]).clamp(-1, 1) + 1) * 127.5).round().byte()
     assert torch.equal(tensors["rgb"], expected.permute(2, 3, 0, 1))
 
@@ -304,7 +318,7 @@ def test_pixels_that_would_be_too_many_are_left_out(rng, tmp_path, monkeypatch):
 def test_a_trace_takes_the_memory_that_is_said(rng):
     """Up to 6 K (C + 1) H W bytes an image and step, x and the KL aside."""
     trace, _ = record(rng, steps=2)
-    for step, different in zip(trace.steps, (2, 3)):  # the first step has no correction
+    for step, different in zip(trace.steps, (2, 3), strict=True):  # the first step has no correction
         mixtures = {id(m): m for m in (step.conditional, step.guided, step.corrected)}.values()
         size = sum(t.numel() * t.element_size() for m in mixtures for t in (m.means, m.log_weights))
         assert size == different * 3 * 2 * 8 * (3 + 1) * 16 * 16

@@ -1,6 +1,7 @@
 """The path and its kernels: against Bayes by hand, an exact prior and recorded numbers."""
 
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 import torch
@@ -94,8 +95,8 @@ def test_velocity_to_posterior_takes_a_sigma_per_sample(rng):
     u, x = random_mixture(rng), torch.randn(2, 2, 3, 4, generator=rng, dtype=torch.float64)
     both = velocity_to_posterior(u, x, torch.tensor([0.9, 0.2], dtype=torch.float64))
     for i, sigma in enumerate((0.9, 0.2)):
-        alone = velocity_to_posterior(u.map(lambda t: t[i : i + 1]), x[i : i + 1], sigma)
-        assert_same_mixture(both.map(lambda t: t[i : i + 1]), alone, 1e-15)
+        alone = velocity_to_posterior(u.map(itemgetter(slice(i, i + 1))), x[i : i + 1], sigma)
+        assert_same_mixture(both.map(itemgetter(slice(i, i + 1))), alone, 1e-15)
 
 
 @pytest.mark.parametrize("name, sigma", [
@@ -168,7 +169,8 @@ def test_reanchoring_to_sigmas_known_ahead_is_exact(rng, space):
 
 def test_the_mean_of_a_posterior_needs_no_means_of_components(rng):
     velocity = random_mixture(rng)
-    x_t, sigma = torch.randn(2, 2, 3, 4, generator=rng, dtype=torch.float64), torch.tensor([0.9, 0.2], dtype=torch.float64)
+    x_t, sigma = (torch.randn(2, 2, 3, 4, generator=rng, dtype=torch.float64),
+                  torch.tensor([0.9, 0.2], dtype=torch.float64))
     posterior = velocity_to_posterior(velocity, x_t, sigma)
     mean = posterior.mean()
     assert "means" not in vars(posterior)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -70,16 +71,23 @@ def test_configurations_are_the_papers(quick):
         assert (c.loss, c.model.constant_logstd) == (("l2", 0.0) if name == "vanilla" else ("transition", None))
     assert len({(c.steps, c.batch_size, c.lr) for c in all_four.values()}) == 1
     longer = configs(quick, 30_000)
-    assert {name: replace(c, steps=all_four[name].steps) for name, c in longer.items()} == all_four and longer["k8"].steps == 30_000
+    assert {name: replace(c, steps=all_four[name].steps) for name, c in longer.items()} == all_four
+    assert longer["k8"].steps == 30_000
 
 
 def test_the_command_trains_as_long_as_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(reproduce, "run", lambda trainings, out, points, device: asked.append((trainings["k1"].steps, str(out))) or {"rows": [], "true_samples": dict.fromkeys(reproduce.FIGURES, 0.0)})
+
+    def run(trainings, out, points, device) -> dict:
+        asked.append((trainings["k1"].steps, str(out)))
+        return {"rows": [], "true_samples": dict.fromkeys(reproduce.FIGURES, 0.0)}
+
+    monkeypatch.setattr(reproduce, "run", run)
     for arguments in (["--quick"], ["--quick", "--steps", "7"], ["--steps", "9"]):
         assert reproduce.main(["checkerboard", "--device", "cpu", *arguments]) == 0
-    assert asked == [(2500, "runs/reproduce-checkerboard-quick"), (7, "runs/reproduce-checkerboard-quick-7"), (9, "runs/reproduce-checkerboard-9")]
+    assert asked == [(2500, "runs/reproduce-checkerboard-quick"), (7, "runs/reproduce-checkerboard-quick-7"),
+                     (9, "runs/reproduce-checkerboard-9")]
     with pytest.raises(SystemExit):
         reproduce.main(["checkerboard", "--steps", "0"])
     assert "--steps must be >= 1, got 0" in capsys.readouterr().err
@@ -105,14 +113,16 @@ def test_only_the_previous_mean_is_ablated(rng, monkeypatch):
 
     sigmas = torch.tensor([0.9, 0.6, 0.4, 0.2])
     want = sample_gm_ode(denoiser, start, sigmas, order=2, substeps=3)
-    torch.testing.assert_close(sample_without_reanchoring(denoiser, start, sigmas[:2], 3), sample_gm_ode(denoiser, start, sigmas[:2], substeps=3))
+    torch.testing.assert_close(sample_without_reanchoring(denoiser, start, sigmas[:2], 3),
+                               sample_gm_ode(denoiser, start, sigmas[:2], substeps=3))
     assert (sample_without_reanchoring(denoiser, start, sigmas, 3) - want).abs().max() > 0.01
     monkeypatch.setattr(baselines, "Still", lambda posterior: posterior)
     torch.testing.assert_close(sample_without_reanchoring(denoiser, start, sigmas, 3), want)
 
 
 def test_a_still_posterior_keeps_its_mean(rng):
-    posterior = GaussianMixture.from_logits(torch.randn(5, 4, 2, generator=rng), torch.zeros(5, 4, 1), torch.zeros(5, 1, 1))
+    posterior = GaussianMixture.from_logits(torch.randn(5, 4, 2, generator=rng), torch.zeros(5, 4, 1),
+                                            torch.zeros(5, 1, 1))
     factor = reanchor_factor(torch.randn(5, 2, generator=rng), 0.9, torch.randn(5, 2, generator=rng), 0.5)
     assert torch.equal(Still(posterior).tilted_mean(factor), posterior.mean())
     assert not torch.allclose(posterior.tilted_mean(factor), posterior.mean(), atol=0.01)
@@ -123,7 +133,7 @@ def test_a_still_posterior_keeps_its_mean(rng):
 def test_euler_is_written_out(exact, rng):
     x = torch.randn(7, 2, generator=rng)
     got, s = sample_euler(exact, x, 4), flow_sigmas(4).tolist()
-    for a, b in zip(s, s[1:]):
+    for a, b in pairwise(s):
         x = x + mean_velocity(exact, x, a) * (b - a)
     torch.testing.assert_close(got, x, atol=1e-5, rtol=0)
 
@@ -134,7 +144,7 @@ def test_euler_is_diffusers(exact, rng):
     solver = diffusers.FlowMatchEulerDiscreteScheduler()
     got = sample_euler(exact, x, 8)
     solver.set_timesteps(sigmas=flow_sigmas(8)[:-1].tolist())
-    for sigma, t in zip(solver.sigmas.tolist(), solver.timesteps):
+    for sigma, t in zip(solver.sigmas.tolist(), solver.timesteps, strict=True):
         x = solver.step(mean_velocity(exact, x, sigma), t, x).prev_sample
     torch.testing.assert_close(got, x, atol=1e-5, rtol=0)
 
@@ -144,7 +154,8 @@ def test_euler_is_diffusers(exact, rng):
 def test_schedulers_reach_a_single_point(name, steps, rng):
     pytest.importorskip("diffusers")
     got = sample_scheduler(GMDenoiser(Blob(0.0)), torch.randn(6, 2, generator=rng), steps, name, rng)
-    assert torch.allclose(got, Blob.centre.expand(6, 2), atol=max(1e-3, 6 * LAST_SIGMA.get(name, 0)))  # what noise is left
+    left = 6 * LAST_SIGMA.get(name, 0)  # noise
+    assert torch.allclose(got, Blob.centre.expand(6, 2), atol=max(1e-3, left))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -163,7 +174,10 @@ def test_many_steps_reach_the_data(name, rng):
         pytest.importorskip("diffusers")
     x, model = torch.randn(20_000, 2, generator=rng), Blob(0.7)
     with torch.no_grad():
-        got = sample_scheduler(GMDenoiser(model), x, 200, name, rng) if name in SCHEDULERS else sample_euler(GMDenoiser(model), x, 200)
+        if name in SCHEDULERS:
+            got = sample_scheduler(GMDenoiser(model), x, 200, name, rng)
+        else:
+            got = sample_euler(GMDenoiser(model), x, 200)
     assert torch.allclose(got.mean(0), Blob.centre, atol=0.02)
     assert torch.allclose(got.std(0), torch.tensor(0.7), atol=0.015)
 
@@ -172,7 +186,8 @@ def test_sde_schedulers_repeat_their_noise(model):
     pytest.importorskip("diffusers")
     x = torch.randn(6, 2)
     with torch.no_grad():
-        a, b, c = (sample_scheduler(GMDenoiser(model), x, 4, "SDE-DPM++ 2M", torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+        a, b, c = (sample_scheduler(GMDenoiser(model), x, 4, "SDE-DPM++ 2M", torch.Generator().manual_seed(s))
+                   for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -202,7 +217,8 @@ def test_table_has_a_line_for_every_row():
 
 def tiny() -> dict:
     def shrink(c):
-        return replace(c, steps=4, batch_size=16, save_every=2, log_every=2, model=replace(c.model, width=16, num_layers=2))
+        return replace(c, steps=4, batch_size=16, save_every=2, log_every=2,
+                       model=replace(c.model, width=16, num_layers=2))
     return {name: shrink(c) for name, c in configs(True).items()}
 
 
@@ -211,14 +227,17 @@ def test_a_tiny_run(tmp_path, monkeypatch):
     result = run(tiny(), tmp_path, 64, CPU)
     table = rows(baselines.has_diffusers())
     assert len(result["rows"]) == 2 * len(table)
-    assert {p.name for p in tmp_path.iterdir()} == {"k1", "k8", "k64", "vanilla", "figures.json", "table.md", "figure2.png", "figure3.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"k1", "k8", "k64", "vanilla", "figures.json", "table.md",
+                                                    "figure2.png", "figure3.png"}
     stored = json.loads((tmp_path / "figures.json").read_text())
-    assert stored["points"] == 64 and stored["steps"]["k64"] == 4 and bool(stored["left_out"]) == (not baselines.has_diffusers())
+    assert stored["points"] == 64 and stored["steps"]["k64"] == 4
+    assert bool(stored["left_out"]) == (not baselines.has_diffusers())
     assert ABLATION in (tmp_path / "table.md").read_text()
     for row in result["rows"]:
         assert 0 <= row["outside"] <= 1 and row["kl"] > 0 and row["wasserstein"] > 0
     again = run(tiny(), tmp_path, 64, CPU)  # finished trainings are reused, samples are the same
-    same = [{k: v for k, v in r.items() if v == v} for r in again["rows"]] == [{k: v for k, v in r.items() if v == v} for r in result["rows"]]
+    numbers = [[{k: v for k, v in r.items() if v == v} for r in a["rows"]] for a in (again, result)]
+    same = numbers[0] == numbers[1]
     assert same and {k: again["seconds"][k] for k in tiny()} == {k: result["seconds"][k] for k in tiny()}
 
 

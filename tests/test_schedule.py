@@ -1,6 +1,7 @@
 """The clock: grids, time shift and training times."""
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_recorded_timesteps():
         steps, substeps = map(int, re.search(r"_n(\d+)x(\d+)_", run).groups())
         shift = float(run.split("shift")[1])
         grid = flow_sigmas(steps, shift).tolist()
-        fine = [s for a, b in zip(grid, grid[1:]) for s in substep_sigmas(a, b, substeps, shift)[:-1]]
+        fine = [s for a, b in pairwise(grid) for s in substep_sigmas(a, b, substeps, shift)[:-1]]
         torch.testing.assert_close(torch.tensor(fine), r[run + ".t"] / 1000, rtol=2e-6, atol=1e-7)
 
 

@@ -49,9 +49,9 @@ def run(trainer: Trainer, until: int) -> list[dict]:
 
 def equal_states(a: Trainer, b: Trainer) -> bool:
     pairs = [(a.nets, b.nets), (a.ema, b.ema)]
-    same = all(torch.equal(p, q) for x, y in pairs for p, q in zip(x.state_dict().values(), y.state_dict().values()))
+    tensors = [(p, q) for x, y in pairs for p, q in zip(x.state_dict().values(), y.state_dict().values(), strict=True)]
     moments = [[v for s in t.optimizer.state_dict()["state"].values() for v in s.values()] for t in (a, b)]
-    return same and all(torch.equal(p, q) for p, q in zip(*moments))
+    return all(torch.equal(p, q) for p, q in [*tensors, *zip(*moments, strict=True)])
 
 
 def test_resume_is_identical_to_an_uninterrupted_run(tmp_path):
@@ -65,7 +65,7 @@ def test_resume_is_identical_to_an_uninterrupted_run(tmp_path):
     assert second.step == 3
     got = run(second, 6)
     assert equal_states(whole, second)
-    for a, b in zip(expected[3:], got):
+    for a, b in zip(expected[3:], got, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / LOG).read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]  # the lost lines are gone, not doubled
@@ -85,7 +85,8 @@ def test_a_failed_save_leaves_the_previous_files(tmp_path, monkeypatch):
     before = {name: (tmp_path / name).read_bytes() for name in (STATE, CHECKPOINT)}
     run(trainer, 2)
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no power")))
-    with pytest.raises(OSError, match=r"state.pt could not be written \(no power\); the previous file, if there was one, is kept"):
+    with pytest.raises(OSError, match=r"state.pt could not be written \(no power\); the previous file, "
+                                      r"if there was one, is kept"):
         trainer.save()
     monkeypatch.undo()
     assert {name: (tmp_path / name).read_bytes() for name in (STATE, CHECKPOINT)} == before
@@ -107,7 +108,8 @@ def test_checkpoint_loads_and_holds_the_moving_average(tmp_path):
 
 
 def test_the_mean_term_is_added_once_with_its_weight():
-    """loss(w) = loss(0) + w mean, on the same draws; the transition weight does not scale it, the log shows all three."""
+    """loss(w) = loss(0) + w mean, on the same draws; the transition weight does not scale it,
+    the log shows all three."""
     with pytest.raises(ValueError, match="mean_weight must be 0"):
         override(PRESETS["digits-vanilla"], ["mean_weight=1"])
     nets, inputs = build(TINY, CPU), step_inputs(TINY, Digits.load(), 0)
@@ -119,7 +121,8 @@ def test_the_mean_term_is_added_once_with_its_weight():
     assert "mean" not in without and (expected > 0).all()
     torch.testing.assert_close(terms["mean"], expected.detach())
     torch.testing.assert_close(terms["loss"], without["loss"] + expected)
-    assert torch.equal(terms["transition"], without["transition"]) and torch.equal(terms["spectral"], without["spectral"])
+    assert torch.equal(terms["transition"], without["transition"])
+    assert torch.equal(terms["spectral"], without["spectral"])
 
 
 def test_a_run_without_the_mean_term_is_the_one_it_always_was(tmp_path):
@@ -182,7 +185,8 @@ def test_label_dropout_uses_the_null_label():
 def test_a_part_of_a_step_is_a_part_of_its_batch():
     whole = step_inputs(TINY, Digits.load(), 3)
     part = step_inputs(TINY, Digits.load(), 3, slice(1, 3))
-    for a, b in zip((whole.x_0, whole.labels, whole.sigma, *whole.noises), (part.x_0, part.labels, part.sigma, *part.noises)):
+    for a, b in zip((whole.x_0, whole.labels, whole.sigma, *whole.noises),
+                    (part.x_0, part.labels, part.sigma, *part.noises), strict=True):
         assert torch.equal(a[1:3], b)
 
 
@@ -270,7 +274,8 @@ def test_command_trains_saves_and_goes_on(tmp_path):
              "--set", "model.num_layers=1", "--set", "steps=2", "--set", "log_every=1", "--set", "warmup=0"]
     done = command(*small, "--export", str(tmp_path / "out.safetensors"), cwd=os.getcwd())
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, REPORT, "samples-000002.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, REPORT,
+                                                                                "samples-000002.png"}
     exported = load_checkpoint(tmp_path / "out.safetensors", dtype=None)
     assert next(exported.model.parameters()).dtype == torch.float16
     again = command(*small, cwd=os.getcwd())

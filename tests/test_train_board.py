@@ -45,7 +45,8 @@ def test_scalars_and_samples(tmp_path, writer):
     train(Trainer(replace(TINY, steps=3, save_every=2, tensorboard=True), tmp_path, CPU))
     (board,) = writer.made
     assert board.folder == str(tmp_path / BOARD) and board.purge_step == 1 and board.closed
-    assert {"loss", "loss_smooth", "spectral", "entropy", "components", "grad_norm", "lr", "images_per_second"} <= {s[0] for s in board.scalars}
+    assert ({"loss", "loss_smooth", "spectral", "entropy", "components", "grad_norm", "lr", "images_per_second"}
+            <= {s[0] for s in board.scalars})
     assert {s[2] for s in board.scalars} == {1, 2, 3} and all(np.isfinite(s[1]) for s in board.scalars)
     ((name, shape, step, order),) = board.images
     assert (name, shape[2], step, order) == ("samples", 3, 3, "HWC")

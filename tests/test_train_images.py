@@ -15,7 +15,8 @@ from train.trainer import CHECKPOINT, Trainer
 
 CPU = torch.device("cpu")
 SMALL = ["model.sample_size=16", "model.num_layers=1", "model.num_heads=1", "model.head_dim=16", "model.logstd_width=8",
-         "spectrum.base_size=[3, 16, 16]", "steps=4", "batch_size=4", "precision=float32", "save_every=2", "log_every=1"]
+         "spectrum.base_size=[3, 16, 16]", "steps=4", "batch_size=4", "precision=float32", "save_every=2",
+         "log_every=1"]
 
 
 def picture(path, size=(20, 16), colour=(255, 0, 0), mode="RGB"):
@@ -27,7 +28,8 @@ def picture(path, size=(20, 16), colour=(255, 0, 0), mode="RGB"):
 def folder(tmp_path):
     """Three classes; the name says the order, the shade the image: cat 1..3, Dog 4..5, eel 6."""
     root = tmp_path / "pictures"
-    for i, name in enumerate(["cat/a.png", "cat/b.PNG", "cat/deep/c.png", "Dog/d.png", "Dog/e.bmp", "eel/f.png"], start=1):
+    for i, name in enumerate(["cat/a.png", "cat/b.PNG", "cat/deep/c.png", "Dog/d.png", "Dog/e.bmp", "eel/f.png"],
+                             start=1):
         picture(root / name, (20 + i, 16 + 3 * i), (10 * i, 0, 0))
     (root / "cat" / "notes.txt").write_text("no image")
     (root / ".hidden").mkdir()
@@ -170,7 +172,8 @@ def test_small_sets_are_decoded_once(folder, monkeypatch):
     assert len(decoded) == 6 and all(value.dtype == torch.uint8 for value in data.cache.values())
     monkeypatch.setattr(module, "CACHE_BYTES", 100)
     large = ImageFolder.load(folder, 3, 16)
-    assert large.cache is None and torch.equal(large.batch(8, step_generator(0, 0))[0], data.batch(8, step_generator(0, 0))[0])
+    assert large.cache is None
+    assert torch.equal(large.batch(8, step_generator(0, 0))[0], data.batch(8, step_generator(0, 0))[0])
 
 
 # ---- runs --------------------------------------------------------------------------------------
@@ -204,7 +207,8 @@ def test_a_run_remembers_its_classes(folder, tmp_path, capsys):
 
 def test_command_trains_on_a_folder(folder, tmp_path, monkeypatch, capsys):
     settings = [part for setting in SMALL for part in ("--set", setting)]
-    monkeypatch.setattr("sys.argv", ["train", "--preset", "images64", "--data", str(folder), "--out", str(tmp_path / "run"), *settings])
+    monkeypatch.setattr("sys.argv", ["train", "--preset", "images64", "--data", str(folder), "--out",
+                                     str(tmp_path / "run"), *settings])
     assert main() == 0
     assert (tmp_path / "run" / "samples-000004.png").exists() and str(tmp_path / "run") in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["train", "--preset", "images64", "--out", str(tmp_path / "none")])

@@ -40,12 +40,14 @@ def folder(tmp_path):
     for i in range(11):
         path = root / "abc"[i % 3] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.linear_gradient("L").rotate(90).resize((40 + i, 36)).point(lambda v: v * (i + 1) // 12).convert("RGB").save(path)
+        image = Image.linear_gradient("L").rotate(90).resize((40 + i, 36))
+        image.point([v * (i + 1) // 12 for v in range(256)]).convert("RGB").save(path)
     return root
 
 
 def encode(folder, out, encoder=FAKE, **settings):
-    return encode_folder(find_images(folder), out, encoder, **{"size": 32, "shard_size": 4, "batch": 3, "dtype": "float32"} | settings)
+    return encode_folder(find_images(folder), out, encoder,
+                         **{"size": 32, "shard_size": 4, "batch": 3, "dtype": "float32"} | settings)
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -195,9 +197,9 @@ def test_folders_without_latents_are_named(folder, tmp_path):
 
 def test_training_on_latents(folder, tmp_path):
     encode(folder, tmp_path / "out", flips=True)
-    settings = ["data=latents", f"data_path={tmp_path / 'out'}", "model.in_channels=4", "model.sample_size=4", "model.patch_size=2",
-                "model.num_layers=1", "model.num_heads=1", "model.head_dim=16", "model.logstd_width=8",
-                "spectrum.base_size=[4, 4, 4]", "steps=2", "batch_size=4", "precision=float32"]
+    settings = ["data=latents", f"data_path={tmp_path / 'out'}", "model.in_channels=4", "model.sample_size=4",
+                "model.patch_size=2", "model.num_layers=1", "model.num_heads=1", "model.head_dim=16",
+                "model.logstd_width=8", "spectrum.base_size=[4, 4, 4]", "steps=2", "batch_size=4", "precision=float32"]
     config = override(PRESETS["images64"], settings)
     trainer = Trainer(config, tmp_path / "run", CPU)
     trainer.train_step()
@@ -219,7 +221,8 @@ def run_main(monkeypatch, *arguments) -> int:
 def test_command(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "diffusers_encoder", lambda source, device: FAKE)
     out = tmp_path / "out"
-    assert run_main(monkeypatch, folder, "--vae", "x", "--out", out, "--size", 32, "--flips", "--workers", 1, "--shard-size", 4) == 0
+    assert run_main(monkeypatch, folder, "--vae", "x", "--out", out, "--size", 32, "--flips", "--workers", 1,
+                    "--shard-size", 4) == 0
     assert "11 images, 3 classes, latents [4, 4, 4], 0 left out" in capsys.readouterr().out
     assert Latents.load(out).flip
     assert run_main(monkeypatch, tmp_path / "absent", "--vae", "x", "--out", out) == 2

@@ -70,16 +70,19 @@ def test_a_finished_run_has_a_page_that_needs_nothing_else(folder):
     assert not {"script", "link", "iframe"} & {tag for tag, _ in read.tags}
     assert not re.search(r"https?:|url\(|@import", text)
     assert read.titles() == [
-        "Loss", "Loss by noise level", "Transition loss", "Spectral loss", "Components in use", "Entropy of a pixel's weights, in nats",
+        "Loss", "Loss by noise level", "Transition loss", "Spectral loss", "Components in use",
+        "Entropy of a pixel's weights, in nats",
         "Gradient norm, before clipping", "Learning rate", "Images a second",
     ]
     pictures = [a for tag, a in read.tags if tag == "img"]
     assert [a["alt"] for a in pictures] == ["samples of step 2", "samples of step 4", "samples of step 6"]
-    for step, attributes in zip((2, 4, 6), pictures):
+    for step, attributes in zip((2, 4, 6), pictures, strict=True):
         inside = base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,"))
-        assert inside == (folder / f"samples-{step:06d}.png").read_bytes() and Image.open(io.BytesIO(inside)).width > 100
+        assert inside == (folder / f"samples-{step:06d}.png").read_bytes()
+        assert Image.open(io.BytesIO(inside)).width > 100
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", text)
-    assert ("lr", "0.001") in rows and ("parallel", "ddp") in rows and ("mixture", "K = 3") in rows and ("betas", "0.9, 0.95") in rows
+    assert ("lr", "0.001") in rows and ("parallel", "ddp") in rows and ("mixture", "K = 3") in rows
+    assert ("betas", "0.9, 0.95") in rows
     assert ("data", "digits") in rows and ("transition ratio", "0.9") in rows
 
 
@@ -89,13 +92,16 @@ def test_the_figures_at_the_top_are_those_of_the_log(folder):
     shown = {label: value for value, label in shown.items()}
     assert float(shown["loss, smoothed"]) == pytest.approx(lines[-1]["loss_smooth"], rel=1e-3)
     trained = info["parameters"] + info["spectrum_parameters"]
-    assert trained < 1e6 and shown["parameters"] == f"{trained:,}" and shown["images seen"] == "24" and shown["skipped steps"] == "0"
-    assert float(shown["longest halt for a save"].split()[0]) == pytest.approx(max(l.get("save_seconds", 0) for l in lines), rel=0.06)
+    assert trained < 1e6 and shown["parameters"] == f"{trained:,}" and shown["images seen"] == "24"
+    assert shown["skipped steps"] == "0"
+    longest = max(line.get("save_seconds", 0) for line in lines)
+    assert float(shown["longest halt for a save"].split()[0]) == pytest.approx(longest, rel=0.06)
 
 
 def test_a_run_in_progress_without_a_save(tmp_path):
     """Lines of an older version and one that is being written; a loss that was not finite."""
-    lines = [{"step": s, "loss": 1.0 / s, "loss_smooth": 1.0 / s, "grad_norm": 1.0, "seconds": 0.5 * s} for s in range(1, 40)]
+    lines = [{"step": s, "loss": 1.0 / s, "loss_smooth": 1.0 / s, "grad_norm": 1.0, "seconds": 0.5 * s}
+             for s in range(1, 40)]
     lines[9] = {"step": 10, "loss": None, "grad_norm": None, "skipped": 1}
     log_of(tmp_path, lines)
     with open(tmp_path / LOG, "a") as file:
@@ -104,7 +110,8 @@ def test_a_run_in_progress_without_a_save(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / REPORT)
     read = Reader((tmp_path / REPORT).read_text(encoding="utf-8"))
     assert read.titles() == ["Loss, 1 skipped steps marked", "Gradient norm, before clipping"]
-    assert "a run without a save, step 39" in read.words and any("Nothing has been saved yet" in word for word in read.words)
+    assert "a run without a save, step 39" in read.words
+    assert any("Nothing has been saved yet" in word for word in read.words)
     assert len([1 for tag, a in read.tags if a.get("class") == "mark"]) == 1
     assert not re.search(r"\b(nan|None|inf)\b", (tmp_path / REPORT).read_text(encoding="utf-8"))
 
@@ -138,7 +145,8 @@ def test_a_page_that_cannot_be_written_does_not_fail_the_run(tmp_path, monkeypat
 
     monkeypatch.setattr(command, "write_report", full)
     command.train(Trainer(TINY, tmp_path, CPU))
-    assert "the report failed: No space left on device" in capsys.readouterr().err and Trainer(TINY, tmp_path, CPU).step == 6
+    assert "the report failed: No space left on device" in capsys.readouterr().err
+    assert Trainer(TINY, tmp_path, CPU).step == 6
 
 
 def test_speed_from_the_clock_of_older_logs():
@@ -153,21 +161,25 @@ def coordinates(svg: str, style: str) -> list[tuple[float, float]]:
     tree = ElementTree.fromstring(svg)
     (found,) = [node.get("d") for node in tree.iter("path") if node.get("class") == style]
     numbers = list(map(float, found[1:].split()))
-    return list(zip(numbers[::2], numbers[1::2]))
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def test_points_lie_where_their_values_are():
     svg = chart("t", [Line("a", [(0, 1.0), (50, 3.0), (100, 2.0)], smooth=False)], bounds=(0, 4))
     points = coordinates(svg, "c0 line")
     (x0, y0), (x1, y1), (x2, y2) = points
-    ticks = {node.text: float(node.get("y")) - 4 for node in ElementTree.fromstring(svg).iter("text") if node.get("class") == "tick end"}
-    assert x1 - x0 == pytest.approx(x2 - x1) and (y0, y1, y2) == pytest.approx((ticks["1"], ticks["3"], ticks["2"]), abs=0.1)
+    ticks = {node.text: float(node.get("y")) - 4 for node in ElementTree.fromstring(svg).iter("text")
+             if node.get("class") == "tick end"}
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert (y0, y1, y2) == pytest.approx((ticks["1"], ticks["3"], ticks["2"]), abs=0.1)
 
 
 def test_a_chart_of_several_lines_names_them_and_draws_both_pale_and_strong():
-    svg = chart("a & b", [Line("x < y", [(s, math.sin(s)) for s in range(100)]), Line("none", []), Line("z", [(3, 1.0)])], rule=(0.5, "half"))
+    svg = chart("a & b", [Line("x < y", [(s, math.sin(s)) for s in range(100)]), Line("none", []),
+                          Line("z", [(3, 1.0)])], rule=(0.5, "half"))
     tree = ElementTree.fromstring(svg)
-    assert [node.text for node in tree.iter("tspan")] == ["x < y", "z"] and "half" in [node.text for node in tree.iter("text")]
+    assert [node.text for node in tree.iter("tspan")] == ["x < y", "z"]
+    assert "half" in [node.text for node in tree.iter("text")]
     assert len(coordinates(svg, "c0 raw")) == len(coordinates(svg, "c0 line")) == 100
     assert len([1 for _ in tree.iter("circle")]) == 2  # a lone point
     assert chart("t", [Line("none", [])]) == ""
@@ -179,7 +191,8 @@ def test_means_and_ranges():
     assert running_mean(flat) == flat
     line = [(s, float(s)) for s in range(100)]
     smooth = running_mean(line)
-    assert smooth[50] == (50, 50.0) and smooth[0] == (0, 1.0) and smooth[99] == (99, 98.0)  # two neighbours on either side
+    # Two neighbours on either side.
+    assert smooth[50] == (50, 50.0) and smooth[0] == (0, 1.0) and smooth[99] == (99, 98.0)
     assert thinned(line, 500) is line and thinned(line, 50) == [(2 * i + 0.5, 2 * i + 0.5) for i in range(50)]
     low, high = value_range([*line, (100, 1e9)], (None, None))
     assert 0 > low > -10 and 99 < high < 120  # an outlier does not flatten the rest

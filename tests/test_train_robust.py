@@ -87,7 +87,8 @@ trainer.save(wait)
 
 @pytest.mark.parametrize("wait", ["", "wait=False"])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one(tmp_path, wait):
-    done = subprocess.run([sys.executable, "-c", KILLED.replace("(wait)", f"({wait})"), str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KILLED.replace("(wait)", f"({wait})"), str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (remains,) = tmp_path.glob(f".{STATE}.*.tmp")
     assert remains.stat().st_size == 2000
@@ -112,7 +113,7 @@ def test_a_full_disk_keeps_the_previous_files_and_says_so(tmp_path, monkeypatch,
         while trainer.writer.job is not None and not trainer.writer.job.done():
             time.sleep(0.01)
         if trainer.step == 3:
-            monkeypatch.setattr(torch, "save", full) if where == "torch.save" else monkeypatch.setattr(module, where, full)
+            monkeypatch.setattr(*((torch, "save") if where == "torch.save" else (module, where)), full)
         if trainer.step == 5:
             monkeypatch.setattr(torch, "save", save), monkeypatch.setattr(module, "save_checkpoint", save_checkpoint)
         return step()
@@ -122,7 +123,8 @@ def test_a_full_disk_keeps_the_previous_files_and_says_so(tmp_path, monkeypatch,
     trainer.config = replace(TINY, save_every=2)
     train(trainer)
     said = capsys.readouterr().err
-    assert "a save failed: " in said and "No space left on device" in said and "the previous file, if there was one, is kept" in said
+    assert "a save failed: " in said and "No space left on device" in said
+    assert "the previous file, if there was one, is kept" in said
     assert said.count("a save failed") == 1 and "training goes on" in said
     assert Trainer(TINY, tmp_path, CPU).step == 6 and not list(tmp_path.glob(".*.tmp"))
 
@@ -190,7 +192,8 @@ def test_a_bad_step_is_skipped_and_kept(tmp_path, capsys):
     assert [p.name for p in tmp_path.glob("nan_step_*")] == ["nan_step_2.pt"]  # the first, once
     kept = torch.load(tmp_path / "nan_step_2.pt", weights_only=True)
     assert kept["step"] == 2 and kept["x_0"].shape == (4, 3, 16, 16) and kept["x_0"].isnan().sum() == 1
-    assert kept["labels"].shape == (4,) and len(kept["noises"]) == 2 and kept["loss"].isfinite().tolist() == [True, False, True, True]
+    assert kept["labels"].shape == (4,) and len(kept["noises"]) == 2
+    assert kept["loss"].isfinite().tolist() == [True, False, True, True]
     trainer.save()
     assert load_checkpoint(tmp_path / CHECKPOINT).training["skipped"] == 2
     assert Trainer(TINY, tmp_path, CPU).skipped == 2

@@ -54,7 +54,8 @@ def assert_same(a: dict, b: dict, tolerance: float = 1e-5) -> None:
     assert a.keys() == b.keys()
     for name in a:
         scale = a[name].abs().max().item()
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance * max(scale, 1e-3), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance * max(scale, 1e-3),
+                                   msg=f"{name}: {{}}".format)
 
 
 # ---- several processes -------------------------------------------------------------------------
@@ -64,14 +65,15 @@ def start_team(folder: Path, settings: dict, processes: int = 2) -> subprocess.P
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "train", "--preset", "digits", "--device", "cpu", "--out", str(folder), *arguments],
+        [sys.executable, *launcher, "-m", "train", "--preset", "digits", "--device", "cpu", "--out", str(folder),
+         *arguments],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 
 
 SMALL = {
-    "batch_size": 8, "model.num_layers": 1, "model.num_heads": 1, "model.head_dim": 16, "model.logstd_width": 8, "model.patch_size": 4,
-    "warmup": 0, "lr_decay": "constant", "precision": "float32", "log_every": 1, "steps": 1,
+    "batch_size": 8, "model.num_layers": 1, "model.num_heads": 1, "model.head_dim": 16, "model.logstd_width": 8,
+    "model.patch_size": 4, "warmup": 0, "lr_decay": "constant", "precision": "float32", "log_every": 1, "steps": 1,
 }
 
 
@@ -90,15 +92,18 @@ def test_two_processes_take_the_step_of_one_and_one_goes_on_where_two_stopped(tm
     single = Trainer(config_of(SMALL), None, CPU)
     numbers = single.train_step()
     state = torch.load(tmp_path / "two" / STATE, weights_only=True)
-    moments = [{i: s["exp_avg"] for i, s in o["state"].items()} for o in (single.optimizer.state_dict(), state["optimizer"])]
+    moments = [{i: s["exp_avg"] for i, s in o["state"].items()}
+               for o in (single.optimizer.state_dict(), state["optimizer"])]
     assert_same(*moments)
-    for name, value in single.nets.state_dict().items():  # Adam makes much of a small difference where a gradient is nearly zero
+    # Adam makes much of a small difference where a gradient is nearly zero.
+    for name, value in single.nets.state_dict().items():
         assert (state["nets"][name] - value).abs().mean() < 0.01 * SMALL.get("lr", 1e-3)
     (line,) = [json.loads(line) for line in (tmp_path / "two" / LOG).read_text().splitlines()]
     assert line["images_per_second"] > 0
     for name in ("loss", "spectral", "entropy", "components", "grad_norm"):
         assert line[name] == pytest.approx(numbers[name], rel=1e-4, abs=1e-6)
-    assert {p.name for p in (tmp_path / "two").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, REPORT, "samples-000001.png"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} - {"tensorboard"} == {STATE, CHECKPOINT, LOG, REPORT,
+                                                                                "samples-000001.png"}
     alone = Trainer(config_of(SMALL | {"steps": 2}), tmp_path / "two", CPU)
     assert alone.step == 1 and alone.train_step()["step"] == 2
 
@@ -106,7 +111,8 @@ def test_two_processes_take_the_step_of_one_and_one_goes_on_where_two_stopped(tm
 def test_a_run_goes_on_shared_out_and_whole_again(tmp_path):
     """Two steps of one process, two of two that share out the weights, one more of one: as five of one.
 
-    Sums in another order differ in their last digits, and Adam makes much of a small difference where a gradient is nearly zero.
+    Sums in another order differ in their last digits, and Adam makes much of a small difference where a gradient is
+    nearly zero.
     """
     settings = SMALL | {"accumulate": 2, "sample_every": 4, "save_every": 3}
     whole, mixed = Trainer(config_of(settings), None, CPU), Trainer(config_of(settings), tmp_path, CPU)
@@ -124,11 +130,11 @@ def test_a_run_goes_on_shared_out_and_whole_again(tmp_path):
     again.log(again.train_step())
     lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    for line, numbers in zip(lines, expected):
+    for line, numbers in zip(lines, expected, strict=True):
         for name in ("loss", "spectral", "entropy", "components", "grad_norm"):
             assert line[name] == pytest.approx(numbers[name], rel=1e-4, abs=1e-6)
     for ours, theirs in ((again.nets, whole.nets), (again.ema, whole.ema)):
-        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert (a - b).abs().mean() < 1e-6, name
     moments = [{i: s["exp_avg"] for i, s in t.optimizer.state_dict()["state"].items()} for t in (again, whole)]
     assert_same(*moments, tolerance=1e-4)
@@ -148,7 +154,8 @@ def test_parts_of_weights(monkeypatch):
         shared = [type(part).__name__ for part in nets.modules() if hasattr(part, "set_requires_gradient_sync")]
         assert shared == ["FSDPGMDiT", "FSDPDiTBlock", "FSDPSpectrumMLP"]
         calls = []
-        monkeypatch.setattr(type(nets["spectrum"]), "set_requires_gradient_sync", lambda self, yes, recurse: calls.append((yes, recurse)))
+        monkeypatch.setattr(type(nets["spectrum"]), "set_requires_gradient_sync",
+                            lambda self, yes, recurse: calls.append((yes, recurse)))
         for alone in (True, False):
             with team.alone(Objective(nets, TINY), alone):
                 pass
@@ -161,13 +168,15 @@ def test_parts_of_weights(monkeypatch):
 
 @pytest.mark.parametrize("setting", [{"optimizer": "adamw8bit"}, {"ema_device": "cpu"}])
 def test_what_cannot_be_shared_out_is_refused(setting):
-    with pytest.raises(ValueError, match="parallel fsdp shares out what optimizer=adamw and ema_device=same keep; got .*parallel=ddp"):
+    with pytest.raises(ValueError, match="parallel fsdp shares out what optimizer=adamw and ema_device=same "
+                                         "keep; got .*parallel=ddp"):
         replace(TINY, parallel="fsdp", **setting)
 
 
 def test_weights_are_not_shared_out_by_a_pytorch_that_adds_gradients_up(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.8.1+cu128")
-    with pytest.raises(ValueError, match=r"parallel=fsdp needs PyTorch 2.9 or later, this is 2.8.1\+cu128: update it, or --set parallel=ddp"):
+    with pytest.raises(ValueError, match=r"parallel=fsdp needs PyTorch 2.9 or later, this is 2.8.1\+cu128: update it, "
+                                         r"or --set parallel=ddp"):
         Team(CPU).share_out(build(TINY, CPU))
 
 
@@ -191,8 +200,10 @@ def test_machines_that_do_not_share_the_folder_say_so_instead_of_waiting_forever
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = [part for key, value in (SMALL | {"steps": 3}).items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    settings = [part for key, value in (SMALL | {"steps": 3}).items()
+                for part in ("--set", f"{key}={json.dumps(value)}")]
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0",
+             "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen(
             [sys.executable, "-m", "train", "--preset", "digits", "--device", "cpu", "--out", str(folder), *settings],
@@ -217,7 +228,8 @@ def test_a_team_of_one(monkeypatch):
     assert Team(CPU, 2, 4).part(8) == slice(4, 6) and not Team(CPU, 2, 4).first
 
 
-@pytest.mark.parametrize("device, message", [("cuda", "has no GPU of its own"), ("mps", "train on cuda or cpu, not on mps")])
+@pytest.mark.parametrize("device, message",
+                         [("cuda", "has no GPU of its own"), ("mps", "train on cuda or cpu, not on mps")])
 def test_teams_without_a_device_are_refused(monkeypatch, device, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "64")
@@ -274,7 +286,8 @@ def test_without_its_package_the_8_bit_optimizer_says_what_to_install(monkeypatc
     config = replace(TINY, optimizer="adamw8bit")
     for package in ("bitsandbytes", "torchao", "bitsandbytes.optim", "torchao.optim"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match="optimizer adamw8bit on cpu needs a package: python -m pip install torchao; or --set optimizer=adamw"):
+    with pytest.raises(ValueError, match="optimizer adamw8bit on cpu needs a package: python -m pip install torchao; "
+                                         "or --set optimizer=adamw"):
         Trainer(config, None, CPU)
     with pytest.raises(ValueError, match="python -m pip install bitsandbytes"):
         make_optimizer(config, build(TINY, CPU), torch.device("cuda"))
@@ -308,10 +321,12 @@ def test_the_8_bit_optimizer_itself(tmp_path):
 
 # ---- throughput --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("config", [TINY.model, replace(TINY.model, constant_logstd=0.0, num_gaussians=1), GMMLPConfig(8, 32, 3)])
+@pytest.mark.parametrize("config",
+                         [TINY.model, replace(TINY.model, constant_logstd=0.0, num_gaussians=1), GMMLPConfig(8, 32, 3)])
 def test_flops_are_those_that_torch_counts(config):
     nets = build(replace(PRESETS["checkerboard"], model=config), CPU)
-    shape = (3, 2) if isinstance(config, GMMLPConfig) else (3, config.in_channels, config.sample_size, config.sample_size)
+    shape = (3, 2) if isinstance(config, GMMLPConfig) else (3, config.in_channels, config.sample_size,
+                                                            config.sample_size)
     with FlopCounterMode(display=False) as counter:
         nets["model"](torch.zeros(shape), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long))
     assert 3 * forward_flops(config) == counter.get_total_flops()
@@ -324,14 +339,16 @@ def test_speed_is_that_since_the_last_report(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     cuda = Speed(replace(TINY, precision="bf16"), Team(torch.device("cuda"), 0, 2), 0, 0.0).report(10, 4.0)
-    assert cuda == {"images_per_second": 10.0, "memory_gb": 3.0, "mfu": pytest.approx(30 * forward_flops(TINY.model) / (2 * 989e12))}
+    assert cuda == {"images_per_second": 10.0, "memory_gb": 3.0,
+                    "mfu": pytest.approx(30 * forward_flops(TINY.model) / (2 * 989e12))}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     assert "mfu" not in Speed(replace(TINY, precision="bf16"), Team(torch.device("cuda")), 0, 0.0).report(10, 4.0)
 
 
 def test_peaks_by_name():
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA L40S") == 362e12
-    assert peak_flops("NVIDIA A10G") == 70e12 and peak_flops("Quadro") is None and peak_flops("NVIDIA RTX A4000") is None
+    assert peak_flops("NVIDIA A10G") == 70e12 and peak_flops("Quadro") is None
+    assert peak_flops("NVIDIA RTX A4000") is None
     assert peak_flops("NVIDIA GH200 480GB") == peak_flops("NVIDIA H200") == 989e12
 
 

@@ -14,24 +14,28 @@ from workflows.run import FAILED, NO_SERVER, REFUSED, TIMEOUT, USAGE, main
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 QUICKSTART = str(WORKFLOWS / "api" / "quickstart.json")
-SAMPLER = next(k for k, n in json.loads(Path(QUICKSTART).read_text(encoding="utf-8")).items() if n["class_type"] == "GMFlowKSampler")
+SAMPLER = next(k for k, n in json.loads(Path(QUICKSTART).read_text(encoding="utf-8")).items()
+               if n["class_type"] == "GMFlowKSampler")
 DONE = {
     "status": {"status_str": "success", "completed": True, "messages": []},
     "outputs": {
         "9": {"images": [{"filename": "p.png", "subfolder": "", "type": "temp"}]},
-        "10": {"images": [{"filename": "a.png", "subfolder": "gmflow", "type": "output"}, {"filename": "b.png", "subfolder": "../gmflow", "type": "output"}]},
+        "10": {"images": [{"filename": "a.png", "subfolder": "gmflow", "type": "output"},
+                          {"filename": "b.png", "subfolder": "../gmflow", "type": "output"}]},
         "11": {"text": ["no image"]},
     },
 }
 REFUSAL = {
     "error": {"type": "prompt_outputs_failed_validation", "message": "Prompt outputs failed validation", "details": ""},
     "node_errors": {SAMPLER: {"class_type": "GMFlowKSampler", "dependent_outputs": ["9"], "errors": [
-        {"type": "value_smaller_than_min", "message": "Value 0 smaller than min of 1", "details": "steps", "extra_info": {"input_name": "steps"}},
+        {"type": "value_smaller_than_min", "message": "Value 0 smaller than min of 1", "details": "steps",
+         "extra_info": {"input_name": "steps"}},
     ]}},
 }
 CRASH = {"status": {"status_str": "error", "completed": False, "messages": [
     ["execution_start", {}],
-    ["execution_error", {"node_id": SAMPLER, "exception_type": "somewhere.LabelError", "exception_message": "labels: 12 is\nno class"}],
+    ["execution_error",
+     {"node_id": SAMPLER, "exception_type": "somewhere.LabelError", "exception_message": "labels: 12 is\nno class"}],
 ]}, "outputs": {}}
 
 
@@ -60,7 +64,8 @@ def comfy(entry=None, refusal=None, polls=2, status=200):
                 self.answer({"p1": entry} if entry and Handler.left < 0 else {})
             elif url.path == "/queue":
                 waiting = [[6, "p0", {}, {}, []], [7, "p1", {}, {}, []]]
-                self.answer({"queue_running": [] if Handler.left > 0 else waiting[1:], "queue_pending": waiting if Handler.left > 0 else []})
+                self.answer({"queue_running": [] if Handler.left > 0 else waiting[1:],
+                             "queue_pending": waiting if Handler.left > 0 else []})
             elif url.path == "/view":
                 self.answer(parse_qs(url.query)["filename"][0].encode())
             else:
@@ -118,7 +123,8 @@ def test_saves_an_inspectors_panel_beside_the_image(tmp_path):
 @pytest.mark.parametrize("target", [SAMPLER, "GMFlow KSampler"])
 def test_set_by_id_or_title_with_json_or_text(tmp_path, target):
     with comfy(DONE) as (url, seen):
-        main([QUICKSTART, "--server", url, "--out", str(tmp_path), "--set", f"{target}.steps=4", "--set", f"{target}.solver=GM-SDE"])
+        main([QUICKSTART, "--server", url, "--out", str(tmp_path), "--set", f"{target}.steps=4", "--set",
+              f"{target}.solver=GM-SDE"])
     assert seen[0][SAMPLER]["inputs"]["steps"] == 4 and seen[0][SAMPLER]["inputs"]["solver"] == "GM-SDE"
 
 
@@ -144,7 +150,8 @@ def test_ui_format_is_named(capsys):
     assert "this is a UI workflow" in text and str(WORKFLOWS / "api" / "quickstart.json") in text
 
 
-@pytest.mark.parametrize("content, words", [("{", "not JSON"), ("[]", "not an API workflow"), ("{}", "not an API workflow"), ('{"1": 2}', "not an API workflow")])
+@pytest.mark.parametrize("content, words", [("{", "not JSON"), ("[]", "not an API workflow"),
+                                            ("{}", "not an API workflow"), ('{"1": 2}', "not an API workflow")])
 def test_other_files(tmp_path, capsys, content, words):
     path = tmp_path / "w.json"
     path.write_text(content)
@@ -176,7 +183,8 @@ def test_refused(capsys):
     assert f"refused: node {SAMPLER} (GMFlow KSampler): steps: Value 0 smaller than min of 1" in error(capsys)
 
 
-@pytest.mark.parametrize("refusal", [{"error": "broken"}, {"error": {"message": "no outputs", "details": ""}, "node_errors": {}}, {"x": 1}])
+@pytest.mark.parametrize("refusal", [{"error": "broken"},
+                                     {"error": {"message": "no outputs", "details": ""}, "node_errors": {}}, {"x": 1}])
 def test_refused_without_a_node(capsys, refusal):
     with comfy(refusal=refusal) as (url, _):
         assert main([QUICKSTART, "--server", url]) == REFUSED
@@ -190,7 +198,8 @@ def test_execution_error(capsys):
 
 
 def test_interrupted(capsys):
-    stopped = {"status": {"status_str": "error", "completed": False, "messages": [["execution_interrupted", {"node_id": SAMPLER}]]}, "outputs": {}}
+    stopped = {"status": {"status_str": "error", "completed": False,
+                          "messages": [["execution_interrupted", {"node_id": SAMPLER}]]}, "outputs": {}}
     with comfy(stopped) as (url, _):
         assert main([QUICKSTART, "--server", url]) == FAILED
     assert "interrupted" in error(capsys)

@@ -61,7 +61,8 @@ def test_the_files_are_what_the_builder_makes():
 
 
 def test_there_are_no_other_files():
-    assert {path.stem for path in HERE.glob("*.json")} == {path.stem for path in (HERE / "api").glob("*.json")} == set(NAMES)
+    assert {path.stem for path in HERE.glob("*.json")} == set(NAMES)
+    assert {path.stem for path in (HERE / "api").glob("*.json")} == set(NAMES)
 
 
 @each
@@ -168,7 +169,8 @@ def test_named_files_and_classes_exist_or_are_offered():
 @pytest.mark.skipif(shutil.which("comfy") is None, reason="needs comfy-cli")
 @each
 def test_comfy_cli_accepts_it(name):
-    command = ["comfy", "--skip-prompt", "workflow", "validate", "--workflow", str(HERE / "api" / f"{name}.json"), "--input", str(SNAPSHOT)]
+    command = ["comfy", "--skip-prompt", "workflow", "validate", "--workflow", str(HERE / "api" / f"{name}.json"),
+               "--input", str(SNAPSHOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -180,8 +182,9 @@ def test_nothing_overlaps(name):
     page = ui(name)
     boxes = [(node.get("title", node["type"]), box(node)) for node in page["nodes"]]
     boxes_and_groups = [
-        ([b for b in boxes]),
-        ([(group["title"], group_box(group)) for group in page["groups"]] + [("note", box(note)) for note in notes(page)]),
+        boxes,
+        [(group["title"], group_box(group)) for group in page["groups"]]
+        + [("note", box(note)) for note in notes(page)],
     ]
     for things in boxes_and_groups:
         for i, (title, a) in enumerate(things):

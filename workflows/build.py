@@ -19,7 +19,8 @@ from .graph import Flow, Group, Output, fields, inputs_of, options
 
 HERE = Path(__file__).resolve().parent
 SNAPSHOT = HERE.parent / "tests" / "data" / "object_info.json"
-LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")}  # kept short
+# Kept short.
+LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")}
 DIGITS = "gmdit_digits.safetensors"
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#4a7a4a", "#6d5a96", "#8a6d3b"
 
@@ -78,9 +79,11 @@ def guidance_sweep(flow: Flow) -> None:
 
 Five rows, the same noise: compare one digit down its column.
 
-**Probabilistic guidance** (rows 1 to 3) re-weights the mixture: components that the class makes likelier gain. 0 is none.
+**Probabilistic guidance** (rows 1 to 3) re-weights the mixture: components that the class makes likelier gain. \
+0 is none.
 
-**Vanilla CFG** (rows 4 and 5) moves every component by the difference to the unconditional mean, as Stable Diffusion's guidance does. 1 is none.
+**Vanilla CFG** (rows 4 and 5) moves every component by the difference to the unconditional mean, \
+as Stable Diffusion's guidance does. 1 is none.
 
 ### See
 - Without guidance the 7, the 8 and the 9 are hard to read.
@@ -90,7 +93,8 @@ Five rows, the same noise: compare one digit down its column.
 ### Try
 - **orthogonal** 0: guidance may brighten too.
 - **labels** *4*: ten fours.
-- **method** *probabilistic* in a GMFlow Guider gives the same as the rows above. Its **end_percent** 0.5 guides only the first half.
+- **method** *probabilistic* in a GMFlow Guider gives the same as the rows above. \
+Its **end_percent** 0.5 guides only the first half.
 """, size=(340, 500))
     group, model, positive, _, latent = start(flow, "0-9", 10)
     vae = pixels(flow)
@@ -102,9 +106,10 @@ Five rows, the same noise: compare one digit down its column.
     row = None
     for scale in (0.0, 0.3, 0.6):
         title = f"Probabilistic guidance {scale or '0: none'}"
-        row = flow.group(title, across=True, **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
-        sampled = flow.add("GMFlowKSampler", size=(548, 350), model=model, positive=positive, latent_image=latent, seed=7,
-                           steps=8, guidance=scale)
+        row = flow.group(title, across=True,
+                         **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
+        sampled = flow.add("GMFlowKSampler", size=(548, 350), model=model, positive=positive,
+                           latent_image=latent, seed=7, steps=8, guidance=scale)
         look(title, f"probabilistic_{scale}", sampled["latent"])
 
     flow.group("The same for both", pos=(group.pos[0], row.bottom + 40), color=GREEN)
@@ -125,13 +130,15 @@ def advanced_custom_sampling(flow: Flow) -> None:
     flow.note("""
 # The parts of a sampler
 
-What **GMFlow KSampler** does in one node, in parts for the core's *SamplerCustomAdvanced*: noise, guider, sampler and sigmas.
+What **GMFlow KSampler** does in one node, in parts for the core's *SamplerCustomAdvanced*: noise, guider, \
+sampler and sigmas.
 
 Four steps, the same noise, two solvers.
 
 **Sampler GM-ODE** is deterministic: between two looks of the network it follows the mixture in many cheap substeps.
 
-**Sampler GM-SDE** draws an image from the mixture at every step and noises it again. *spectral* draws neighbouring pixels together.
+**Sampler GM-SDE** draws an image from the mixture at every step and noises it again. \
+*spectral* draws neighbouring pixels together.
 
 ### Try
 - **order** 1: the plain solvers.
@@ -146,14 +153,15 @@ Four steps, the same noise, two solvers.
     guider = flow.add("GMFlowGuider", model=model, positive=positive, negative=negative, guidance=0.3).out
     sigmas = flow.add("GMFlowScheduler", model=model, steps=4).out
     vae = pixels(flow)
-    solvers = [("GM-ODE: deterministic", "ode", "SamplerGMFlowODE", 320), ("GM-SDE: stochastic", "sde", "SamplerGMFlowSDE", 290)]
+    solvers = [("GM-ODE: deterministic", "ode", "SamplerGMFlowODE", 320),
+               ("GM-SDE: stochastic", "sde", "SamplerGMFlowSDE", 290)]
     row = None
     for title, name, solver, height in solvers:
         beside = dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)
         row = flow.group(title, across=True, color=PURPLE, **beside)
         sampler = flow.add(solver, size=(280, height), show_advanced=True).out
-        sampled = flow.add("SamplerCustomAdvanced", size=(280, 130), under=True, noise=noise, guider=guider, sampler=sampler,
-                           sigmas=sigmas, latent_image=latent)
+        sampled = flow.add("SamplerCustomAdvanced", size=(280, 130), under=True, noise=noise, guider=guider,
+                           sampler=sampler, sigmas=sigmas, latent_image=latent)
         images = enlarge(flow, sampled["output"], vae)
         flow.add("SaveImage", title, size=(680, 380), images=images, filename_prefix=f"gmflow/custom/{name}")
 
@@ -162,15 +170,19 @@ def core_sampler_compat(flow: Flow) -> None:
     flow.note("""
 # With the core's KSampler
 
-A GMFlow model is an ordinary MODEL: the core sees a flow model that predicts the mixture's mean. Every sampler and scheduler runs.
+A GMFlow model is an ordinary MODEL: the core sees a flow model that predicts the mixture's mean. \
+Every sampler and scheduler runs.
 
-Here *euler* and *dpmpp_2m* with **cfg** 1.5 are beside **GMFlow KSampler** with guidance 0.3. The same seed gives the same noise in all three.
+Here *euler* and *dpmpp_2m* with **cfg** 1.5 are beside **GMFlow KSampler** with guidance 0.3. \
+The same seed gives the same noise in all three.
 
 ### See
-The core's samplers see only the mean; GM-ODE follows the whole mixture between the steps. With 8 steps they agree on most digits.
+The core's samplers see only the mean; GM-ODE follows the whole mixture between the steps. \
+With 8 steps they agree on most digits.
 
 ### Try
-- **steps** 2 everywhere: the mean blends the inks that are still possible. With 1 it is a grey blur, and GM-ODE gives every pixel a pure ink of its own.
+- **steps** 2 everywhere: the mean blends the inks that are still possible. With 1 it is a grey blur, \
+and GM-ODE gives every pixel a pure ink of its own.
 - Another **sampler_name** or **scheduler**.
 - **cfg** 1 is no guidance.
 """, size=(340, 380))
@@ -181,13 +193,16 @@ The core's samplers see only the mean; GM-ODE follows the whole mixture between 
     for name in ("euler", "dpmpp_2m", "gm-ode"):
         ours = name == "gm-ode"
         beside = dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)
-        row = flow.group("GMFlow KSampler" if ours else f"Core KSampler: {name}", across=True, color=GREEN if ours else PURPLE, **beside)
+        row = flow.group("GMFlow KSampler" if ours else f"Core KSampler: {name}", across=True,
+                         color=GREEN if ours else PURPLE, **beside)
         if ours:
             sampled = flow.add("GMFlowKSampler", size=(300, 350), guidance=0.3, **column)
         else:
-            sampled = flow.add("KSampler", size=(300, 290), cfg=1.5, sampler_name=name, scheduler="simple", denoise=1.0, **column)
+            sampled = flow.add("KSampler", size=(300, 290), cfg=1.5, sampler_name=name, scheduler="simple",
+                               denoise=1.0, **column)
         images = enlarge(flow, sampled.out, vae)
-        flow.add("SaveImage", "GM-ODE" if ours else name, size=(620, 350 if ours else 290), images=images, filename_prefix=f"gmflow/core/{name}")
+        flow.add("SaveImage", "GM-ODE" if ours else name, size=(620, 350 if ours else 290), images=images,
+                 filename_prefix=f"gmflow/core/{name}")
 
 
 def inpaint_and_img2img(flow: Flow) -> None:
@@ -196,7 +211,8 @@ def inpaint_and_img2img(flow: Flow) -> None:
 
 **1**: four threes, from noise.
 
-**2, inpaint**: *Set Latent Noise Mask* frees the white part of the mask; the class becomes 8. What the mask keeps stays exactly as it is, and the free half has to match it.
+**2, inpaint**: *Set Latent Noise Mask* frees the white part of the mask; the class becomes 8. \
+What the mask keeps stays exactly as it is, and the free half has to match it.
 
 **3, image to image**: the threes are noised to **denoise** 0.6 and painted again as fives.
 
@@ -217,7 +233,8 @@ def inpaint_and_img2img(flow: Flow) -> None:
 
     source = flow.group("1  Paint threes", right_of=first, gap=80, color=GREEN)
     classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="3")
-    threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent, seed=5, guidance=0.3)["latent"]
+    threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent,
+                      seed=5, guidance=0.3)["latent"]
     images = enlarge(flow, threes, vae)
     flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
 
@@ -225,13 +242,14 @@ def inpaint_and_img2img(flow: Flow) -> None:
         row = flow.group(title, across=True, color=PURPLE, **group)
         classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
         start = threes if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=threes, mask=mask).out
-        latents = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=start,
-                           seed=5, guidance=0.3, **settings)["latent"]
+        latents = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+                           latent_image=start, seed=5, guidance=0.3, **settings)["latent"]
         images = enlarge(flow, latents, vae)
         flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
         return row
 
-    row = change("2  Inpaint: the free half becomes that of an 8", "2_inpainted", "8", dict(right_of=source, gap=80, pos=(None, 0)), mask)
+    row = change("2  Inpaint: the free half becomes that of an 8", "2_inpainted", "8",
+                 dict(right_of=source, gap=80, pos=(None, 0)), mask)
     change("3  Image to image: from a 3 to a 5", "3_image_to_image", "5", dict(below=row), denoise=0.6)
 
 
@@ -239,9 +257,11 @@ def inspect_components(flow: Flow) -> None:
     flow.note("""
 # What is the model undecided between?
 
-At every pixel the network predicts a mixture of eight Gaussians, not one colour. **GMFlow Inspector** shows it, at any step of a sampler's **trace**.
+At every pixel the network predicts a mixture of eight Gaussians, not one colour. **GMFlow Inspector** shows it, \
+at any step of a sampler's **trace**.
 
-**Components**: at step 0, in pure noise, each hypothesis is another ink. Two steps on one ink has nearly all the weight. A hypothesis keeps its number and colour.
+**Components**: at step 0, in pure noise, each hypothesis is another ink. \
+Two steps on one ink has nearly all the weight. A hypothesis keeps its number and colour.
 
 **Entropy**: bright where the model is undecided.
 
@@ -274,13 +294,15 @@ Changing only an inspector samples no new image.
 
 
 def imagenet_gmdit(flow: Flow) -> None:
-    repo, vae_repo = "https://huggingface.co/Lakonik/gmflow_imagenet_k8_ema", "https://huggingface.co/stabilityai/sd-vae-ft-mse-original"
+    repo, vae_repo = ("https://huggingface.co/Lakonik/gmflow_imagenet_k8_ema",
+                      "https://huggingface.co/stabilityai/sd-vae-ft-mse-original")
     weights, vae_file = "diffusion_pytorch_model.bf16.safetensors", "vae-ft-mse-840000-ema-pruned.safetensors"
     name = "gmflow_imagenet_k8_ema.safetensors"
     flow.note(f"""
 # ImageNet, 256 x 256
 
-The published GM-DiT (676 million parameters, 8 components, 1000 classes). It is not part of this pack; two files are needed:
+The published GM-DiT (676 million parameters, 8 components, 1000 classes). It is not part of this pack; \
+two files are needed:
 
 | file | folder |
 | --- | --- |
@@ -293,7 +315,8 @@ The first is called *{weights}* there: **rename** it to *{name}*.
 - **class_name**: click and type. For several classes at once use **GMFlow Class Conditioning**: *207, tabby cat*.
 - **steps** 32 for the best quality, 4 for speed.
 - **guidance** 0.45 is the published default.
-- **solver** GM-SDE: its spectral sampling needs the repository's *spectrum_net* too. Download the [whole repository]({repo}) and make one file of it: *python -m gmflow_core convert FOLDER {name}*.
+- **solver** GM-SDE: its spectral sampling needs the repository's *spectrum_net* too. \
+Download the [whole repository]({repo}) and make one file of it: *python -m gmflow_core convert FOLDER {name}*.
 """, size=(440, 460))
     group = flow.group("Model and class", pos=(480, 0))
     model = flow.add("GMFlowLoader", size=(400, 114), model_name=name, models=[
@@ -305,22 +328,24 @@ The first is called *{weights}* there: **rename** it to *{name}*.
         {"name": vae_file, "url": f"{vae_repo}/resolve/main/{vae_file}", "directory": "vae"},
     ]).out
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], negative=classes["negative"],
-                       latent_image=latent, seed=42, steps=8, guidance=0.45)
+    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+                       negative=classes["negative"], latent_image=latent, seed=42, steps=8, guidance=0.45)
     flow.group("Decode and save", right_of=group, across=True, color=PURPLE)
     images = flow.add("VAEDecode", samples=sampled["latent"], vae=vae, size=(220, 60)).out
     flow.add("SaveImage", size=(560, 400), images=images, filename_prefix="gmflow/imagenet")
 
 
 WORKFLOWS = [
-    quickstart, guidance_sweep, advanced_custom_sampling, core_sampler_compat, inpaint_and_img2img, inspect_components, imagenet_gmdit,
+    quickstart, guidance_sweep, advanced_custom_sampling, core_sampler_compat, inpaint_and_img2img,
+    inspect_components, imagenet_gmdit,
 ]
 
 
 def make(info: dict) -> list[Flow]:
     """All workflows, by the node definitions ``info``."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    packs = {"": {"cnr_id": project["name"], "ver": project["version"]}, "core": {"cnr_id": "comfy-core", "ver": "0.3.64"}}
+    packs = {"": {"cnr_id": project["name"], "ver": project["version"]},
+             "core": {"cnr_id": "comfy-core", "ver": "0.3.64"}}
     flows = []
     for describe in WORKFLOWS:
         flows.append(Flow(describe.__name__, info, packs))
@@ -351,7 +376,8 @@ def reduced(info: dict, flows: list[Flow]) -> dict:
         definition = {key: info[name][key] for key in (
             "input", "input_order", "output", "output_is_list", "output_name", "name", "display_name", "output_node")}
         definition["input"] = {
-            section: {key: spec if isinstance(spec, str) else [spec[0], *({k: v for k, v in f.items() if k != "tooltip"} for f in spec[1:])]
+            section: {key: spec if isinstance(spec, str)
+                      else [spec[0], *({k: v for k, v in f.items() if k != "tooltip"} for f in spec[1:])]
                       for key, spec in inputs.items()}
             for section, inputs in definition["input"].items()
         }
@@ -382,9 +408,10 @@ def differences(info: dict, other: dict) -> list[str]:
             found.append(f"{name}: inputs {list(a)} / {list(b)}")
         for key in a.keys() & b.keys():
             (mine, _), (other_spec, _) = a[key], b[key]
-            if (options(mine) is None) != (options(other_spec) is None) or (options(mine) is None and mine[0] != other_spec[0]):
+            own, others = options(mine), options(other_spec)
+            if (own is None) != (others is None) or (own is None and mine[0] != other_spec[0]):
                 found.append(f"{name}.{key}: {mine[0]} / {other_spec[0]}")
-            elif options(mine) and (name, key) not in LISTED and (missing := set(options(mine)) - set(options(other_spec))):
+            elif own and (name, key) not in LISTED and (missing := set(own) - set(others)):
                 found.append(f"{name}.{key}: lacks {sorted(missing)}")
             for hint in ("min", "max", "default", "control_after_generate"):
                 if (name, key) not in LISTED and fields(mine).get(hint) != fields(other_spec).get(hint):

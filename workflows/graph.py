@@ -158,7 +158,8 @@ class Flow:
 
     def links(self) -> list[list]:
         """[id, from, slot, to, slot, type] of every link."""
-        found = [(source, node, slot) for node in self.nodes for slot, source in enumerate(node.sockets.values()) if source]
+        found = [(source, node, slot) for node in self.nodes
+                 for slot, source in enumerate(node.sockets.values()) if source]
         return [
             [number, source.node.number, source.slot, node.number, slot, source.type]
             for number, (source, node, slot) in enumerate(found, 1)
@@ -200,16 +201,18 @@ class Flow:
     def _node(self, node: Node, order: int, links: list[list]) -> dict:
         into = {link[4]: link[0] for link in links if link[3] == node.number}
         inputs = [
-            {"name": name, "type": node.specs[name][0], **({"shape": 7} if name in node.optional else {}), "link": into.get(slot)}
+            {"name": name, "type": node.specs[name][0], **({"shape": 7} if name in node.optional else {}),
+             "link": into.get(slot)}
             for slot, name in enumerate(node.sockets)
         ]
         inputs += [
-            {"name": name, "type": "COMBO" if options(node.specs[name]) else node.specs[name][0], "widget": {"name": name}, "link": None}
+            {"name": name, "type": "COMBO" if options(node.specs[name]) else node.specs[name][0],
+             "widget": {"name": name}, "link": None}
             for name in node.widgets
         ]
         outputs = [
             {"name": name, "type": kind, "links": [n for n, a, s, *_ in links if (a, s) == (node.number, slot)] or None}
-            for slot, (name, kind) in enumerate(zip(node.info["output_name"], node.info["output"]))
+            for slot, (name, kind) in enumerate(zip(node.info["output_name"], node.info["output"], strict=True))
         ]
         properties = {**self.packs["" if node.ours else "core"], "Node name for S&R": node.class_type}
         if node.models:

@@ -23,7 +23,8 @@ from .run import RunError, Server, failure, load
 HERE = Path(__file__).resolve().parent
 WIDTH, GAP, CAPTION, PAPER, INK, FAINT = 840, 6, 34, (24, 24, 27), (212, 212, 216), (140, 140, 148)
 CARDS = {
-    "imagenet_gmdit": ("ImageNet", "256 x 256, 1000 classes", "the published GM-DiT-XL/2, K = 8", "its files are a download: see the note inside"),
+    "imagenet_gmdit": ("ImageNet", "256 x 256, 1000 classes", "the published GM-DiT-XL/2, K = 8",
+                       "its files are a download: see the note inside"),
 }
 
 
@@ -44,7 +45,8 @@ def outputs(server: Server, workflow: dict) -> list[tuple[str, list[Image.Image]
 def tiled(images: list[Image.Image], columns: int, width: int) -> Image.Image:
     """Rows of images, all of the width of a column; pixels stay square-edged when they grow."""
     cell = (width - GAP * (columns - 1)) // columns
-    sized = [i.resize((cell, round(cell * i.height / i.width)), Image.NEAREST if cell >= i.width else Image.LANCZOS) for i in images]
+    sized = [i.resize((cell, round(cell * i.height / i.width)), Image.NEAREST if cell >= i.width else Image.LANCZOS)
+             for i in images]
     rows = [sized[n : n + columns] for n in range(0, len(sized), columns)]
     sheet = Image.new("RGB", (width, sum(max(i.height for i in row) + GAP for row in rows) - GAP), PAPER)
     y = 0
@@ -63,7 +65,8 @@ def compose(found: list[tuple[str, list[Image.Image]]]) -> Image.Image:
         return padded(tiled(drawn, 2, WIDTH))
     if len(found) == 1:
         return padded(tiled(found[0][1], 5, WIDTH))
-    return padded(min((blocks(found, lines) for lines in (1, 2)), key=lambda sheet: abs(math.log(sheet.width / sheet.height))))
+    return padded(min((blocks(found, lines) for lines in (1, 2)),
+                      key=lambda sheet: abs(math.log(sheet.width / sheet.height))))
 
 
 def blocks(found: list[tuple[str, list[Image.Image]]], lines: int) -> Image.Image:
@@ -71,7 +74,8 @@ def blocks(found: list[tuple[str, list[Image.Image]]], lines: int) -> Image.Imag
     rows = []
     for title, images in found:
         many = len(images) > 5
-        rows.append(captioned(title, tiled(images, -(-len(images) // (lines if many else 1)), WIDTH if many else WIDTH * 3 // 5)))
+        rows.append(captioned(title, tiled(images, -(-len(images) // (lines if many else 1)),
+                                           WIDTH if many else WIDTH * 3 // 5)))
     width = max(row.width for row in rows)
     sheet, y = Image.new("RGB", (width, sum(row.height + 2 * GAP for row in rows) - 2 * GAP), PAPER), 0
     for row in rows:
@@ -111,7 +115,8 @@ def main() -> int:
     for name in arguments.names:
         try:
             words = CARDS.get(name)
-            picture = card(*words) if words else compose(outputs(Server(arguments.server), load(HERE / "api" / f"{name}.json")))
+            picture = card(*words) if words else compose(outputs(Server(arguments.server),
+                                                                 load(HERE / "api" / f"{name}.json")))
         except RunError as error:
             print(f"error: {name}: {error}", file=sys.stderr)
             return error.code

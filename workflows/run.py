@@ -1,7 +1,7 @@
 """Queue an API workflow on a running ComfyUI and save its images.
 
     python -m workflows.run workflows/api/quickstart.json
-    python -m workflows.run workflows/api/quickstart.json --set 5.seed=7 --set "GMFlow KSampler.guidance=0.6" --out pictures
+    python -m workflows.run workflows/api/quickstart.json --set 5.seed=7 --set "GMFlow KSampler.guidance=0.6" --out out
 
 Exit codes: 0 done, 1 an error while it ran, 2 wrong use (file, --set), 3 no server, 4 refused by the server, 5 timeout.
 Standard library only.
@@ -49,7 +49,8 @@ def load(path: Path) -> dict:
         hint = twin if twin.is_file() else "the one in workflows/api/, or export it from the page in API format"
         raise RunError(USAGE, f"{path}: this is a UI workflow, which only the page can open; use {hint}")
     nodes = workflow.values() if isinstance(workflow, dict) else []
-    if not nodes or not all(isinstance(n, dict) and "class_type" in n and isinstance(n.get("inputs"), dict) for n in nodes):
+    if not nodes or not all(isinstance(n, dict) and "class_type" in n and isinstance(n.get("inputs"), dict)
+                            for n in nodes):
         raise RunError(USAGE, f"{path}: not an API workflow (node ids with class_type and inputs)")
     return workflow
 
@@ -68,10 +69,12 @@ def override(workflow: dict, setting: str) -> None:
     found = [i for i, node in workflow.items() if i == name or node.get("_meta", {}).get("title") == name]
     if len(found) != 1:
         nodes = ", ".join(title(workflow, i) for i in found or workflow)
-        raise RunError(USAGE, f"--set {setting}: {'several nodes are' if found else 'no node is'} called {name!r}: {nodes}")
+        raise RunError(USAGE,
+                       f"--set {setting}: {'several nodes are' if found else 'no node is'} called {name!r}: {nodes}")
     inputs = workflow[found[0]]["inputs"]
     if key not in inputs:
-        raise RunError(USAGE, f"--set {setting}: {title(workflow, found[0])} has no input {key!r}; it has {', '.join(inputs)}")
+        raise RunError(USAGE, f"--set {setting}: {title(workflow, found[0])} has no input {key!r}; "
+                              f"it has {', '.join(inputs)}")
     try:
         inputs[key] = json.loads(text)
     except ValueError:
@@ -93,7 +96,8 @@ class Server:
         except urllib.error.HTTPError:
             raise
         except (OSError, ValueError) as error:
-            raise RunError(NO_SERVER, f"no ComfyUI at {self.url}: {one_line(getattr(error, 'reason', error))}") from None
+            raise RunError(NO_SERVER,
+                           f"no ComfyUI at {self.url}: {one_line(getattr(error, 'reason', error))}") from None
 
     def json(self, path: str, body=None):
         try:
@@ -124,7 +128,8 @@ class Server:
                 for node, faults in (answer.get("node_errors") or {}).items() for fault in faults.get("errors", [])
             ]
             general = answer.get("error", {})
-            general = general if isinstance(general, str) else f"{general.get('message', '')} {general.get('details', '')}"
+            general = (general if isinstance(general, str)
+                       else f"{general.get('message', '')} {general.get('details', '')}")
             return "; ".join(reasons) or one_line(general) or f"{error.code} {error.reason}"
         except (ValueError, AttributeError):
             return f"{error.code} {error.reason}"
@@ -168,8 +173,11 @@ def save_images(server: Server, workflow: dict, entry: dict, folder: Path) -> li
     images = kept or [image for _, image in found]
     paths = []
     for image in images:
-        data = server.request("/view?" + urllib.parse.urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")}))
-        inside = [part for part in image.get("subfolder", "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        data = server.request(
+            "/view?" + urllib.parse.urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")})
+        )
+        inside = [part for part in image.get("subfolder", "").replace("\\", "/").split("/")
+                  if part not in ("", ".", "..")]
         path = folder.joinpath(*inside, Path(image["filename"]).name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -203,9 +211,12 @@ def main(argv=None) -> int:
     )
     parser.add_argument("file", type=Path, help="a file of workflows/api/")
     parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input; node by id or title")
-    parser.add_argument("--out", type=Path, default=Path("output"), metavar="DIR", help="where images go (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait (default: %(default)g)")
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
+                        help="change an input; node by id or title")
+    parser.add_argument("--out", type=Path, default=Path("output"), metavar="DIR",
+                        help="where images go (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=600, metavar="S",
+                        help="seconds to wait (default: %(default)g)")
     arguments = parser.parse_args(argv)
     try:
         return run(arguments)

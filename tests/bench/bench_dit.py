@@ -41,9 +41,11 @@ def clock(device: torch.device) -> float:
 def made_up_latents(folder: Path, shape: tuple[int, ...], classes: int) -> Path:
     """A folder as python -m train.encode writes it, of noise."""
     count = max(256, classes)
-    save_file({"latents": torch.randn(count, *shape).half(), "labels": torch.arange(count) % classes}, folder / "shard-00000.safetensors")
-    index = {"format": FORMAT, "shape": list(shape), "scale": 0.18215, "shift": 0.0, "vae": "noise", "size": shape[1] * 8,
-             "classes": [str(i) for i in range(classes)], "flips": False, "shards": [{"file": "shard-00000.safetensors", "count": count}]}
+    save_file({"latents": torch.randn(count, *shape).half(), "labels": torch.arange(count) % classes},
+              folder / "shard-00000.safetensors")
+    index = {"format": FORMAT, "shape": list(shape), "scale": 0.18215, "shift": 0.0, "vae": "noise",
+             "size": shape[1] * 8, "classes": [str(i) for i in range(classes)], "flips": False,
+             "shards": [{"file": "shard-00000.safetensors", "count": count}]}
     (folder / INDEX).write_text(json.dumps(index))
     return folder
 
@@ -69,7 +71,8 @@ def training(config, device: torch.device, repeats: int) -> None:
 def sampling(config, device: torch.device, batch: int, steps: int, repeats: int) -> None:
     """Guided samples a second, and what of a step is not the network."""
     nets = build(config, device).to(device)
-    model, spectrum = nets["model"].eval().to(torch.bfloat16 if device.type == "cuda" else torch.float32), nets["spectrum"].eval()
+    model, spectrum = (nets["model"].eval().to(torch.bfloat16 if device.type == "cuda" else torch.float32),
+                       nets["spectrum"].eval())
     labels = torch.arange(batch, device=device) % config.model.num_classes
     x = torch.randn(batch, config.model.in_channels, config.model.sample_size, config.model.sample_size, device=device)
     inside, forward = 0.0, model.forward
@@ -95,14 +98,17 @@ def sampling(config, device: torch.device, batch: int, steps: int, repeats: int)
             seconds.append(clock(device) - start)
             network.append(inside)
         whole, net = statistics.median(seconds) / steps, statistics.median(network) / steps
-        print(f"{name}, batch {batch}, {steps} steps, guided: {whole:.4f} s a step, of it {whole - net:.4f} s ({1 - net / whole:.1%}) "
+        print(f"{name}, batch {batch}, {steps} steps, guided: {whole:.4f} s a step, "
+              f"of it {whole - net:.4f} s ({1 - net / whole:.1%}) "
               f"not the network; {batch / (whole * steps):.3f} images/s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=sorted(p for p in PRESETS if PRESETS[p].data == "latents"), default="imagenet256-dit-xl2-k8")
-    parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="as of python -m train")
+    parser.add_argument("--preset", choices=sorted(p for p in PRESETS if PRESETS[p].data == "latents"),
+                        default="imagenet256-dit-xl2-k8")
+    parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[],
+                        help="as of python -m train")
     parser.add_argument("--batch", type=int, default=64, help="of training")
     parser.add_argument("--sample-batch", type=int, default=125)
     parser.add_argument("--steps", type=int, default=8, help="network steps of sampling")
@@ -113,7 +119,8 @@ def main() -> None:
     config = replace(PRESETS[args.preset], optimizer="adamw", batch_size=args.batch)
     config = override(config, [f"model.num_classes={config.model.num_classes}", *args.settings])
     model = config.model
-    print(f"{args.preset} {' '.join(args.settings)}on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, torch {torch.__version__}: "
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{args.preset} {' '.join(args.settings)}on {name}, torch {torch.__version__}: "
           f"{forward_flops(model) / 1e9:.1f} GFLOP a forward pass of an image")
     with tempfile.TemporaryDirectory() as folder:
         made_up_latents(Path(folder), (model.in_channels, model.sample_size, model.sample_size), model.num_classes)

@@ -45,7 +45,7 @@ def parts(solver: str, repeats: int) -> dict[str, float]:
         loads.append(time.perf_counter() - start)
         inside, forward = 0.0, checkpoint.model.forward
 
-        def timed(*args):
+        def timed(*args, forward=forward):
             nonlocal inside
             begin = time.perf_counter()
             result = forward(*args)
@@ -67,7 +67,8 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     for solver in ("gm-ode", "gm-sde"):
         seconds = whole_command(solver, repeats)
-        print(f"{solver}: whole command {statistics.median(seconds):.2f} s (from {min(seconds):.2f} to {max(seconds):.2f})")
+        print(f"{solver}: whole command {statistics.median(seconds):.2f} s "
+              f"(from {min(seconds):.2f} to {max(seconds):.2f})")
         print("   " + ", ".join(f"{name} {value:.3f} s" for name, value in parts(solver, repeats).items()))
 
 

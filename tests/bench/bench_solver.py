@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def make_inputs(seed: int = 0) -> dict[str, Tensor]:
         "noise": normal(b, c, h, w),
     }
     widths = (2, 64, 8, c * h * w)
-    for i, (n_in, n_out) in enumerate(zip(widths, widths[1:])):
+    for i, (n_in, n_out) in enumerate(pairwise(widths)):
         inputs[f"spectrum.mlp.{2 * i}.weight"] = normal(n_out, n_in) * (2 / (n_in + n_out)) ** 0.5
         inputs[f"spectrum.mlp.{2 * i}.bias"] = 0.1 * normal(n_out)
     return inputs
@@ -59,12 +60,13 @@ class StoredDenoiser:
 
     def __init__(self, inputs: dict[str, Tensor]):
         stored = [inputs[name].chunk(2) for name in ("means", "logweights", "logstds")]
-        self.cond, self.uncond = (gm.GaussianMixture(*tensors) for tensors in zip(*stored))
+        self.cond, self.uncond = (gm.GaussianMixture(*tensors) for tensors in zip(*stored, strict=True))
         self.asked: list[float] = []
 
     def __call__(self, x: Tensor, sigma: float) -> gm.Guided:
         self.asked.append(time.perf_counter())
-        answers = (velocity.map(lambda t: t) for velocity in (self.cond, self.uncond))  # new ones: they keep their moments
+        # New ones: they keep their moments.
+        answers = (velocity.map(lambda t: t) for velocity in (self.cond, self.uncond))
         cond, uncond = (gm.velocity_to_posterior(velocity, x, sigma) for velocity in answers)
         return gm.guide_probabilistic(cond, uncond, GUIDANCE)
 
@@ -97,7 +99,7 @@ def time_step(sample, denoiser: StoredDenoiser) -> float:
     denoiser.asked.clear()
     sample()
     times = [*denoiser.asked[1:], time.perf_counter()]
-    return statistics.median((b - a) * 1e3 for a, b in zip(times, times[1:]))
+    return statistics.median((b - a) * 1e3 for a, b in pairwise(times))
 
 
 def measure(sample, denoiser: StoredDenoiser, repeats: int) -> tuple[float, list[float], float]:
@@ -132,8 +134,10 @@ def compile_substeps() -> None:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=Path, help="safetensors file with the inputs (default: made with a fixed seed)")
-    parser.add_argument("--compile", action="store_true", help="time again with the substeps compiled (needs a C++ compiler)")
+    parser.add_argument("--inputs", type=Path,
+                        help="safetensors file with the inputs (default: made with a fixed seed)")
+    parser.add_argument("--compile", action="store_true",
+                        help="time again with the substeps compiled (needs a C++ compiler)")
     parser.add_argument("--repeats", type=int, default=25, help="runs per case")
     parser.add_argument("--steps", type=int, default=8, help="steps per run")
     parser.add_argument("--threads", type=int, default=2)
@@ -151,7 +155,8 @@ def main() -> None:
     denoiser = StoredDenoiser(inputs)
 
     def table(title: str) -> None:
-        print(f"\n{title}\n{'case':<24}{'ms/step':>9}{'calibration ms (quartiles)':>28}{'ratio':>8}{'target':>8}{'authors':>9}")
+        print(f"\n{title}\n{'case':<24}{'ms/step':>9}{'calibration ms (quartiles)':>28}"
+              f"{'ratio':>8}{'target':>8}{'authors':>9}")
         for name, target, authors in CASES:
             if args.case not in name:
                 continue
@@ -160,7 +165,8 @@ def main() -> None:
             spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
             print(f"{name:<24}{ms:>9.2f}{spread:>28}{ratio:>8.3f}{target or '':>8}{authors:>9.2f}", flush=True)
 
-    print(f"torch {torch.__version__}, {args.threads} threads, batch x K x C x H x W = {SHAPE}, {args.steps} steps a run")
+    print(f"torch {torch.__version__}, {args.threads} threads, batch x K x C x H x W = {SHAPE}, "
+          f"{args.steps} steps a run")
     table("eager")
     if args.compile:
         compile_substeps()

@@ -40,7 +40,8 @@ class Digits:
 
     def gm(self, **inputs) -> Node:
         """GMFlowKSampler."""
-        return self.add("GMFlowKSampler", **dict(model=self.model, positive=self.positive, latent_image=self.empty) | inputs)
+        return self.add("GMFlowKSampler",
+                        **dict(model=self.model, positive=self.positive, latent_image=self.empty) | inputs)
 
     def core(self, **inputs) -> Node:
         """The core's KSampler."""
@@ -49,12 +50,14 @@ class Digits:
             sampler_name="euler", scheduler="simple", seed=0,
         ) | inputs)
 
-    def custom(self, sampler, guider=None, sigmas=None, node: str = "GMFlowSamplerCustom", seed: int = 0, steps: int = 8, **inputs) -> Node:
+    def custom(self, sampler, guider=None, sigmas=None, node: str = "GMFlowSamplerCustom", seed: int = 0,
+               steps: int = 8, **inputs) -> Node:
         """A custom sampling graph; GMFlow's guider and scheduler where none is given."""
         guider = guider or self.add("GMFlowGuider", model=self.model, positive=self.positive)
         sigmas = sigmas or self.add("GMFlowScheduler", model=self.model, steps=steps)
         noise = inputs.pop("noise", None) or self.add("RandomNoise", noise_seed=seed)
-        return self.add(node, **dict(noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=self.empty) | inputs)
+        return self.add(node, **dict(noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                                     latent_image=self.empty) | inputs)
 
     def latents(self, *links):
         return self.host.latents(self.graph, *links)

@@ -107,7 +107,7 @@ class Result:
 
     @property
     def messages(self) -> dict[str, dict]:
-        return {name: data for name, data in self.answer.get("status", {}).get("messages", [])}
+        return dict(self.answer.get("status", {}).get("messages", []))
 
     @property
     def interrupted(self) -> bool:
@@ -165,7 +165,8 @@ class Host:
         ]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.checkout, env=clean_env(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=self.checkout, env=clean_env(), stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True
             )
         deadline = time.monotonic() + START_LIMIT
         while True:
@@ -224,7 +225,8 @@ class Host:
     def run(self, prompt: dict) -> Result:
         """Queue and wait; a refused prompt is a Result too."""
         answer = self.queue(prompt)
-        return self.wait(answer["prompt_id"]) if "prompt_id" in answer and not answer.get("node_errors") else Result(self, answer)
+        accepted = "prompt_id" in answer and not answer.get("node_errors")
+        return self.wait(answer["prompt_id"]) if accepted else Result(self, answer)
 
     def done(self, prompt: dict) -> Result:
         """Run a prompt that must succeed."""
@@ -260,7 +262,8 @@ class Host:
         """A file for LoadLatent, which takes it as it is."""
         import torch
 
-        save_file({"latent_tensor": tensor.contiguous(), "latent_format_version_0": torch.tensor([])}, self.base / "input" / name)
+        save_file({"latent_tensor": tensor.contiguous(), "latent_format_version_0": torch.tensor([])},
+                  self.base / "input" / name)
         return name
 
     def memory(self) -> int:
@@ -272,7 +275,8 @@ class Host:
         """Run a script with the checkout as its folder and first import path; its standard output."""
         env = clean_env() | {"PYTHONPATH": str(self.checkout)}
         done = subprocess.run(
-            [self.python, str(script), *arguments], cwd=self.checkout, env=env, capture_output=True, text=True, timeout=240
+            [self.python, str(script), *arguments], cwd=self.checkout, env=env, capture_output=True,
+            text=True, timeout=240
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
@@ -307,7 +311,8 @@ class Listener:
             head, size = self.file.read(2)
             size &= 127
             if size > 125:
-                size = struct.unpack(">H", self.file.read(2))[0] if size == 126 else struct.unpack(">Q", self.file.read(8))[0]
+                kind, length = (">H", 2) if size == 126 else (">Q", 8)
+                (size,) = struct.unpack(kind, self.file.read(length))
             part = self.file.read(size)
             if head & 15 >= 8:
                 continue

@@ -41,17 +41,20 @@ def load_pack() -> dict:
     before = set(sys.modules)
     start = time.process_time()
     with CountOps() as ops:
-        spec = importlib.util.spec_from_file_location("a-pack", f"{ROOT}/__init__.py", submodule_search_locations=[ROOT])
+        spec = importlib.util.spec_from_file_location("a-pack", f"{ROOT}/__init__.py",
+                                                      submodule_search_locations=[ROOT])
         module = sys.modules["a-pack"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         extension = asyncio.run(module.comfy_entrypoint())
         classes = asyncio.run(extension.get_node_list())
         schemas = [cls.GET_SCHEMA() for cls in classes]
     seconds = time.process_time() - start
-    loaded = sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) - {"a-pack"})
+    loaded = sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+                    - {"a-pack"})
     return {
-        "nodes": dict(zip((s.node_id for s in schemas), classes)), "seconds": seconds, "operations": ops.names, "modules": loaded,
-        "on_path": ROOT in sys.path, "core_nodes": sys.modules["nodes"] is core,
+        "nodes": dict(zip((s.node_id for s in schemas), classes, strict=True)), "seconds": seconds,
+        "operations": ops.names, "modules": loaded, "on_path": ROOT in sys.path,
+        "core_nodes": sys.modules["nodes"] is core,
     }
 
 
@@ -61,7 +64,8 @@ def tiny_sd3():
     import comfy.supported_models
 
     config = comfy.supported_models.SD3({
-        "in_channels": 16, "depth": 1, "patch_size": 2, "adm_in_channels": 8, "pos_embed_max_size": 8, "num_patches": 64,
+        "in_channels": 16, "depth": 1, "patch_size": 2, "adm_in_channels": 8, "pos_embed_max_size": 8,
+        "num_patches": 64,
         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 64}},
     })
     config.set_inference_dtype(torch.float32, None)
@@ -87,20 +91,26 @@ def foreign_model(nodes: dict) -> dict:
     for name, arguments in {
         "GMFlowEmptyLatent": dict(batch_size=1), "GMFlowClassConditioning": dict(labels="1"),
         "GMFlowScheduler": dict(steps=1, shift=1.0, denoise=1.0),
-        "GMFlowGuider": dict(positive=conditioning, guidance=0.1, orthogonal=1.0, start_percent=0.0, end_percent=1.0, method="probabilistic", cfg_scale=4.0),
-        "GMFlowKSampler": dict(positive=conditioning, latent_image={"samples": latent}, seed=0, steps=1, solver="GM-ODE", guidance=0.1,
-                               substeps=0, denoise=1.0, order=2, orthogonal=1.0, shift=1.0),
+        "GMFlowGuider": dict(positive=conditioning, guidance=0.1, orthogonal=1.0, start_percent=0.0, end_percent=1.0,
+                             method="probabilistic", cfg_scale=4.0),
+        "GMFlowKSampler": dict(positive=conditioning, latent_image={"samples": latent}, seed=0, steps=1,
+                               solver="GM-ODE", guidance=0.1, substeps=0, denoise=1.0, order=2,
+                               orthogonal=1.0, shift=1.0),
     }.items():
         said[name] = message(nodes[name].execute, model=model, **arguments)
     for name in ("ODE", "SDE"):
-        sampler = nodes[f"SamplerGMFlow{name}"].execute(**{i.id: i.default for i in nodes[f"SamplerGMFlow{name}"].GET_SCHEMA().inputs})[0]
+        node = nodes[f"SamplerGMFlow{name}"]
+        sampler = node.execute(**{i.id: i.default for i in node.GET_SCHEMA().inputs})[0]
         said[f"SamplerGMFlow{name}"] = message(
             guider.sample, torch.randn_like(latent), latent, sampler, sigmas, disable_pbar=True, seed=0
         )
     euler = comfy.samplers.sampler_object("euler")
-    said["a core sampler"] = message(guider.sample, torch.randn_like(latent), latent, euler, sigmas, disable_pbar=True, seed=0)
+    said["a core sampler"] = message(guider.sample, torch.randn_like(latent), latent, euler, sigmas,
+                                     disable_pbar=True, seed=0)
     said["GMFlowInspector"] = message(
-        nodes["GMFlowInspector"].execute, trace=[1], **{i.id: getattr(i, "default", None) for i in nodes["GMFlowInspector"].GET_SCHEMA().inputs if i.id not in ("trace", "vae")}
+        nodes["GMFlowInspector"].execute, trace=[1],
+        **{i.id: getattr(i, "default", None) for i in nodes["GMFlowInspector"].GET_SCHEMA().inputs
+           if i.id not in ("trace", "vae")}
     )
     return said
 
@@ -116,14 +126,16 @@ class Painter:
         nodes["GMFlowKSampler"].hidden = type("Hidden", (), {"prompt": {}, "unique_id": "1"})()
 
     def gm(self, model=None, **inputs):
-        defaults = {i.id: i.default for i in self.nodes["GMFlowKSampler"].GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+        defaults = {i.id: i.default for i in self.nodes["GMFlowKSampler"].GET_SCHEMA().inputs
+                    if getattr(i, "default", None) is not None}
         inputs = defaults | {"guidance": 0.3} | inputs
         return self.nodes["GMFlowKSampler"].execute(
             model=model or self.model, positive=self.positive, latent_image=self.latent, **inputs
         )[0]["samples"]
 
     def core(self, model=None):
-        return core.common_ksampler(model or self.model, 0, 3, 1.5, "euler", "simple", self.positive, self.negative, self.latent)[0]["samples"]
+        return core.common_ksampler(model or self.model, 0, 3, 1.5, "euler", "simple", self.positive, self.negative,
+                                    self.latent)[0]["samples"]
 
 
 def sample(nodes: dict) -> dict:
@@ -173,7 +185,8 @@ def compiled(nodes: dict) -> list[float]:
     with torch.inference_mode():
         plain = [painter.gm(steps=3), painter.core()]
         return [(paint(model) - expected).abs().mean().item() for paint, expected in (
-            (lambda m: painter.gm(m, steps=3), plain[0]), (painter.core, plain[1]), (lambda m: painter.gm(m, steps=3), plain[0]),
+            (lambda m: painter.gm(m, steps=3), plain[0]), (painter.core, plain[1]),
+            (lambda m: painter.gm(m, steps=3), plain[0]),
         )]
 
 
@@ -187,13 +200,15 @@ def vaes(nodes: dict) -> dict:
 
     host, core_sd = sys.modules["a-pack.nodes.host"], comfy.sd
     torch.manual_seed(0)
-    decoders = {"none": None, "pixels": core_sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}), "taesd": tae(4), "sixteen": tae(16)}
+    decoders = {"none": None, "pixels": core_sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}), "taesd": tae(4),
+                "sixteen": tae(16)}
     video = tae(4)
     video.latent_dim = 3  # what VAEs of video are told by
     decoders["video"] = video
     inspector, sampler = nodes["GMFlowInspector"], nodes["GMFlowKSampler"]
     sampler.hidden = type("Hidden", (), {"prompt": {}, "unique_id": "1"})()
-    widgets = {i.id: i.default for i in sampler.GET_SCHEMA().inputs if getattr(i, "default", None) is not None} | {"steps": 2}
+    widgets = {i.id: i.default for i in sampler.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+    widgets["steps"] = 2
     found = {}
     for name, path in (("rgb", BUNDLED), ("latents", f"{ROOT}/tests/data/ckpt_small")):
         model = host.load_model(path)

@@ -38,14 +38,16 @@ def describe(info: dict) -> dict:
             if name == "model_name":
                 entry["options"] = "files"
             inputs[name] = entry
-    return {"inputs": inputs, "outputs": [*map(list, zip(info["output"], info["output_name"]))], "output_node": info["output_node"]}
+    return {"inputs": inputs, "outputs": [*map(list, zip(info["output"], info["output_name"], strict=True))],
+            "output_node": info["output_node"]}
 
 
 def test_schema_is_the_committed_one(host, tmp_path):
     """Saved workflows hold widget values by position: widgets are only ever appended, ids stay."""
     found = {name: describe(info) for name, info in sorted(pack(host).items())}
     (tmp_path / "schema.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    assert found == json.loads(SNAPSHOT.read_text(encoding="utf-8")), f"if this is meant, copy {tmp_path}/schema.json to {SNAPSHOT}"
+    kept = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+    assert found == kept, f"if this is meant, copy {tmp_path}/schema.json to {SNAPSHOT}"
     assert [*found["GMFlowKSampler"]["inputs"]] == [*pack(host)["GMFlowKSampler"]["input"]["required"], "negative"]
 
 
@@ -85,7 +87,8 @@ def test_the_core_keeps_its_own_modules(host):
 @pytest.mark.parametrize("solver", ["GM-ODE", "GM-SDE"])
 def test_pictures_show_the_digits(host, digits, recognised, solver):
     g = digits()
-    image = g.add("VAEDecode", samples=g.gm(solver=solver, guidance=0.3), vae=g.add("VAELoader", vae_name="pixel_space"))
+    image = g.add("VAEDecode", samples=g.gm(solver=solver, guidance=0.3),
+                  vae=g.add("VAELoader", vae_name="pixel_space"))
     saved = g.add("SaveImage", images=image, filename_prefix="digits")
     pictures = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in host.done(g.graph).images(saved)]
     pixels = torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 127.5 - 1
@@ -121,13 +124,16 @@ def test_workflow_runs(host, recognised, path):
     assert pictures
     for where in pictures:
         png = host.get(f"/view?filename={where['filename']}&subfolder={where['subfolder']}&type={where['type']}")
-        assert Image.open(io.BytesIO(png)).convert("L").getextrema()[0] < Image.open(io.BytesIO(png)).convert("L").getextrema()[1]
+        darkest, lightest = Image.open(io.BytesIO(png)).convert("L").getextrema()
+        assert darkest < lightest
     if path.stem == "quickstart":
         # What it paints is read from the sampler's latent, however the workflow shows it.
         sampler = next(key for key, node in prompt.items() if node["class_type"] == "GMFlowKSampler")
-        prompt["check"] = {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/check"}}
+        prompt["check"] = {"class_type": "SaveLatent",
+                           "inputs": {"samples": [sampler, 0], "filename_prefix": "latents/check"}}
         latent = host.done(prompt).latent(["check"])
-        labels = next(node["inputs"]["labels"] for node in prompt.values() if node["class_type"] == "GMFlowClassConditioning")
+        labels = next(node["inputs"]["labels"] for node in prompt.values()
+                      if node["class_type"] == "GMFlowClassConditioning")
         from gmflow_core.labels import parse_labels
 
         wanted = parse_labels(labels, 10, load_checkpoint(BUNDLED).class_names)

@@ -8,9 +8,11 @@ from gmflow_core import GMDenoiser, flow_sigmas, load_checkpoint, sample_gm_ode
 
 # Sampler, scheduler: each of both at least once, in combinations that people use.
 PAIRS = [
-    ("euler", "simple"), ("euler", "karras"), ("euler_ancestral", "normal"), ("heun", "beta"), ("dpmpp_2m", "sgm_uniform"),
-    ("dpmpp_2m_sde", "exponential"), ("dpmpp_sde", "simple"), ("uni_pc", "simple"), ("ddim", "ddim_uniform"), ("lcm", "simple"),
-    ("res_multistep", "beta"), ("deis", "simple"), ("dpmpp_2m", "kl_optimal"), ("dpmpp_3m_sde", "simple"), ("er_sde", "simple"), ("euler_cfg_pp", "linear_quadratic"),
+    ("euler", "simple"), ("euler", "karras"), ("euler_ancestral", "normal"), ("heun", "beta"),
+    ("dpmpp_2m", "sgm_uniform"), ("dpmpp_2m_sde", "exponential"), ("dpmpp_sde", "simple"), ("uni_pc", "simple"),
+    ("ddim", "ddim_uniform"), ("lcm", "simple"),
+    ("res_multistep", "beta"), ("deis", "simple"), ("dpmpp_2m", "kl_optimal"), ("dpmpp_3m_sde", "simple"),
+    ("er_sde", "simple"), ("euler_cfg_pp", "linear_quadratic"),
 ]
 # With few steps, or by their nature, these do not reach the data: only finite is asked.
 ROUGH = {("euler_cfg_pp", "linear_quadratic")}
@@ -77,9 +79,13 @@ def test_image_to_image_with_the_core(digits, recognised):
 def test_two_stages_of_the_core(digits):
     """KSamplerAdvanced hands a noisy latent over, as with refiners."""
     g = digits(batch=2, labels="6")
-    common = dict(model=g.model, positive=g.positive, negative=g.negative, steps=6, cfg=1.5, sampler_name="euler", scheduler="simple", noise_seed=3)
-    whole = g.add("KSamplerAdvanced", **common, latent_image=g.empty, add_noise="enable", start_at_step=0, end_at_step=10_000, return_with_leftover_noise="disable")
-    first = g.add("KSamplerAdvanced", **common, latent_image=g.empty, add_noise="enable", start_at_step=0, end_at_step=3, return_with_leftover_noise="enable")
-    second = g.add("KSamplerAdvanced", **common, latent_image=first, add_noise="disable", start_at_step=3, end_at_step=10_000, return_with_leftover_noise="disable")
+    common = dict(model=g.model, positive=g.positive, negative=g.negative, steps=6, cfg=1.5, sampler_name="euler",
+                  scheduler="simple", noise_seed=3)
+    whole = g.add("KSamplerAdvanced", **common, latent_image=g.empty, add_noise="enable", start_at_step=0,
+                  end_at_step=10_000, return_with_leftover_noise="disable")
+    first = g.add("KSamplerAdvanced", **common, latent_image=g.empty, add_noise="enable", start_at_step=0,
+                  end_at_step=3, return_with_leftover_noise="enable")
+    second = g.add("KSamplerAdvanced", **common, latent_image=first, add_noise="disable", start_at_step=3,
+                   end_at_step=10_000, return_with_leftover_noise="disable")
     a, b = g.latents(whole, second)
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)

@@ -91,7 +91,8 @@ def test_a_checkpoint_of_the_plane(host, digits):
 def test_a_missing_file(host, digits):
     g = digits(batch=1, model_name="gone.safetensors")
     message = refused(g, g.empty)
-    assert "gone.safetensors" in message and ("not in list" in message or "model_name: there is no 'gone.safetensors' in " in message)
+    assert "gone.safetensors" in message
+    assert "not in list" in message or "model_name: there is no 'gone.safetensors' in " in message
     shutil.copy(BUNDLED, host.models / "gone.safetensors")
     g.latents(g.empty)
     (host.models / "gone.safetensors").unlink()
@@ -132,7 +133,8 @@ def metadata_of(path):
         return file.metadata()
 
 
-@pytest.mark.parametrize("name", ["transformer/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bf16.safetensors"])
+@pytest.mark.parametrize("name", ["transformer/diffusion_pytorch_model.safetensors",
+                                  "transformer/diffusion_pytorch_model.bf16.safetensors"])
 def test_the_published_layout(host, digits, name):
     """A small network in the layout of the authors' files, with latents of Stable Diffusion's VAE."""
     folder = host.models / "published"
@@ -149,9 +151,10 @@ def test_the_published_layout(host, digits, name):
 # ---- labels ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("labels, words", [
-    ("12", ["'12'", "knows 0 to 9"]), ("5-12", ["knows 0 to 9"]), ("-1", ["'-1' is no class"]), ("", ["no label given"]),
-    ("9-2", ["runs backwards"]), ("cat", ["'cat' is no class of this model", "0 to 9"]), ("3;4", ["'3;4' is no class"]),
-    ("99999999999999999999", ["knows 0 to 9"]), (" , \n ", ["no label given"]), ("1.5", ["'1.5' is no class"]),
+    ("12", ["'12'", "knows 0 to 9"]), ("5-12", ["knows 0 to 9"]), ("-1", ["'-1' is no class"]),
+    ("", ["no label given"]), ("9-2", ["runs backwards"]), ("cat", ["'cat' is no class of this model", "0 to 9"]),
+    ("3;4", ["'3;4' is no class"]), ("99999999999999999999", ["knows 0 to 9"]), (" , \n ", ["no label given"]),
+    ("1.5", ["'1.5' is no class"]),
 ])
 def test_labels(digits, labels, words):
     g = digits(batch=1, labels=labels)
@@ -163,7 +166,8 @@ def test_near_names(host, digits):
     """A model with names tells which are near."""
     state, metadata = load_file(BUNDLED), metadata_of(BUNDLED)
     named = json.loads(metadata["gmflow"])
-    named["class_names"] = ["tabby cat", "tiger cat", "golden retriever", "owl", "crane, bird", "3", "six", "seven", "eight", "nine"]
+    named["class_names"] = ["tabby cat", "tiger cat", "golden retriever", "owl", "crane, bird", "3", "six", "seven",
+                            "eight", "nine"]
     save_file(state, host.models / "named.safetensors", {"gmflow": json.dumps(named)})
     g = digits(batch=1, labels="taby cat", model_name="named.safetensors")
     message = refused(g, g.gm(steps=1))
@@ -176,7 +180,8 @@ def test_near_names(host, digits):
 @pytest.mark.parametrize("sampler", ["gm", "core", "custom"])
 def test_the_number_of_labels(digits, sampler):
     g = digits(batch=4, labels="1,2,3")
-    link = {"gm": lambda: g.gm(steps=1), "core": lambda: g.core(steps=1), "custom": lambda: g.custom(g.add("SamplerGMFlowSDE"), steps=1)}[sampler]()
+    link = {"gm": lambda: g.gm(steps=1), "core": lambda: g.core(steps=1),
+            "custom": lambda: g.custom(g.add("SamplerGMFlowSDE"), steps=1)}[sampler]()
     message = refused(g, link)
     assert "3 labels for a batch of 4 images" in message and "one for each image" in message
 
@@ -189,14 +194,17 @@ def loaded(g, name, tensor):
 
 
 @pytest.mark.parametrize("name, shape, words", [
-    ("channels", (1, 4, 16, 16), ["4 channels", "3 channels (RGB pixels)"]), ("odd", (1, 3, 15, 16), ["15 x 16", "multiples of 2"]),
-    ("video", (1, 3, 2, 16, 16), ["2 x 16 x 16"]), ("huge", (1, 3, 16, 512), ["16 x 512 is 32 times the 16 x 16", "GMFlow Empty Latent"]),
+    ("channels", (1, 4, 16, 16), ["4 channels", "3 channels (RGB pixels)"]),
+    ("odd", (1, 3, 15, 16), ["15 x 16", "multiples of 2"]),
+    ("video", (1, 3, 2, 16, 16), ["2 x 16 x 16"]),
+    ("huge", (1, 3, 16, 512), ["16 x 512 is 32 times the 16 x 16", "GMFlow Empty Latent"]),
 ])
 @pytest.mark.parametrize("sampler", ["gm", "core"])
 def test_latents_of_other_models(digits, name, shape, words, sampler):
     g = digits(batch=1, labels="1")
     latent = loaded(g, f"{name}.latent", torch.ones(shape))
-    message = refused(g, g.gm(latent_image=latent, steps=1) if sampler == "gm" else g.core(latent_image=latent, steps=1))
+    sample = g.gm if sampler == "gm" else g.core
+    message = refused(g, sample(latent_image=latent, steps=1))
     assert all(word in message for word in words) and "GMFlow Empty Latent" in message, message
 
 
@@ -212,9 +220,10 @@ def test_latents_that_are_not_finite(digits, value):
 # ---- widgets -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("inputs, words", [
-    ({"guidance": 1.0}, "bigger than max"), ({"guidance": -0.1}, "smaller than min"), ({"steps": 0}, "smaller than min"),
-    ({"denoise": 0.0}, "smaller than min"), ({"denoise": 1.5}, "bigger than max"), ({"order": 3}, "bigger than max"),
-    ({"solver": "Euler"}, "Euler"), ({"steps": "many"}, "convert"), ({"orthogonal": 2.0}, "bigger than max"),
+    ({"guidance": 1.0}, "bigger than max"), ({"guidance": -0.1}, "smaller than min"),
+    ({"steps": 0}, "smaller than min"), ({"denoise": 0.0}, "smaller than min"), ({"denoise": 1.5}, "bigger than max"),
+    ({"order": 3}, "bigger than max"), ({"solver": "Euler"}, "Euler"), ({"steps": "many"}, "convert"),
+    ({"orthogonal": 2.0}, "bigger than max"),
 ])
 def test_widgets_are_validated(digits, inputs, words):
     g = digits(batch=1, labels="1")
@@ -273,7 +282,8 @@ def test_no_trace_of_a_core_sampler(digits):
     assert "only GM samplers leave one" in refused(g)
 
 
-@pytest.mark.parametrize("inputs, words", [({"step": 2}, ["step: got 2", "0 to 1"]), ({"step": -3}, ["step"]), ({"image": 1}, ["image: got 1", "images 0 to 0"])])
+@pytest.mark.parametrize("inputs, words", [({"step": 2}, ["step: got 2", "0 to 1"]), ({"step": -3}, ["step"]),
+                                           ({"image": 1}, ["image: got 1", "images 0 to 0"])])
 def test_steps_and_images_out_of_range(digits, inputs, words):
     g = digits(batch=1, labels="1")
     g.add("GMFlowInspector", trace=g.gm(steps=2).out(1), **inputs)
@@ -282,7 +292,8 @@ def test_steps_and_images_out_of_range(digits, inputs, words):
 
 
 @pytest.mark.parametrize("inputs, words", [
-    ({"pixel_x": 16}, "pixel_x: got 16; this latent is 16 x 16 (width x height), so 0 to 15"), ({"pixel_y": 99}, "pixel_y: got 99"),
+    ({"pixel_x": 16}, "pixel_x: got 16; this latent is 16 x 16 (width x height), so 0 to 15"),
+    ({"pixel_y": 99}, "pixel_y: got 99"),
 ])
 def test_a_pixel_out_of_the_picture(host, digits, inputs, words):
     g = digits(batch=1, labels="1")

@@ -21,7 +21,8 @@ def core_noise(batch: int, seed: int) -> torch.Tensor:
 
 
 def assert_same(found, expected) -> None:
-    """Equal up to rounding: where two components weigh the same, a pixel amplifies it, so a few in a hundred may differ more."""
+    """Equal up to rounding: where two components weigh the same, a pixel amplifies it,
+    so a few in a hundred may differ more."""
     difference = (found - expected).abs()
     assert difference.mean() < 1e-4 and (difference > 1e-4).float().mean() < 0.02, (difference.mean(), difference.max())
 
@@ -58,7 +59,8 @@ def test_shift_and_denoise_are_the_core_package_s(digits, checkpoint):
     sigmas = flow_sigmas(3, 2.5, 0.6)
     with torch.no_grad():  # from an empty image, which is all zeros
         expected = sample_gm_ode(
-            GMDenoiser(checkpoint.model, torch.tensor([5, 5]), 0.3, 0.4), core_noise(2, 4) * sigmas[0], sigmas, substeps=5, shift=2.5
+            GMDenoiser(checkpoint.model, torch.tensor([5, 5]), 0.3, 0.4), core_noise(2, 4) * sigmas[0], sigmas,
+            substeps=5, shift=2.5
         )
     assert_same(found, expected)
 
@@ -76,7 +78,8 @@ def test_the_simple_node_is_the_advanced_graph(digits, solver, node):
 def test_a_core_guider_without_guidance_is_guidance_zero(digits):
     g = digits(batch=3, labels="2")
     basic = g.custom(g.add("SamplerGMFlowODE"), g.add("BasicGuider", model=g.model, conditioning=g.positive), steps=4)
-    one = g.custom(g.add("SamplerGMFlowODE"), g.add("CFGGuider", model=g.model, positive=g.positive, negative=g.negative, cfg=1.0), steps=4)
+    one = g.custom(g.add("SamplerGMFlowODE"),
+                   g.add("CFGGuider", model=g.model, positive=g.positive, negative=g.negative, cfg=1.0), steps=4)
     a, b, c = g.latents(basic, one, g.gm(guidance=0.0, steps=4))
     assert_same(a, c)
     assert_same(b, c)
@@ -85,12 +88,16 @@ def test_a_core_guider_without_guidance_is_guidance_zero(digits):
 def test_core_cfg_is_the_vanilla_method(digits):
     """CFGGuider under a GM sampler shifts the mixture as a whole, as the guider's own vanilla CFG does."""
     g = digits(batch=3, labels="2")
-    core = g.custom(g.add("SamplerGMFlowODE"), g.add("CFGGuider", model=g.model, positive=g.positive, negative=g.negative, cfg=2.0), steps=4)
-    own = g.custom(g.add("SamplerGMFlowODE"), g.add("GMFlowGuider", model=g.model, positive=g.positive, method="vanilla CFG", cfg_scale=2.0), steps=4)
-    first = [g.custom(g.add("SamplerGMFlowODE", order=1), guider, steps=4) for guider in (core_guider(g), own_guider(g))]
+    core = g.custom(g.add("SamplerGMFlowODE"),
+                    g.add("CFGGuider", model=g.model, positive=g.positive, negative=g.negative, cfg=2.0), steps=4)
+    own = g.custom(g.add("SamplerGMFlowODE"), g.add("GMFlowGuider", model=g.model, positive=g.positive,
+                                                    method="vanilla CFG", cfg_scale=2.0), steps=4)
+    first = [g.custom(g.add("SamplerGMFlowODE", order=1), guider, steps=4)
+             for guider in (core_guider(g), own_guider(g))]
     a, b, c, d = g.latents(core, own, *first)
     torch.testing.assert_close(c, d, atol=1e-4, rtol=0)
-    assert (a - b).abs().max() < 0.5  # the second order's correction leans on the conditional posterior in one, on the shifted in the other
+    # The second order's correction leans on the conditional posterior in one, on the shifted in the other.
+    assert (a - b).abs().max() < 0.5
 
 
 def core_guider(g):
@@ -110,9 +117,11 @@ def test_gm_samplers_with_core_guiders(digits, recognised, guider, solver):
     made = {
         "BasicGuider": dict(conditioning=g.positive),
         "CFGGuider": dict(positive=g.positive, negative=g.negative, cfg=1.5),
-        "DualCFGGuider": dict(cond1=g.positive, cond2=g.negative, negative=g.negative, cfg_conds=1.5, cfg_cond2_negative=1.5),
+        "DualCFGGuider": dict(cond1=g.positive, cond2=g.negative, negative=g.negative, cfg_conds=1.5,
+                              cfg_cond2_negative=1.5),
     }[guider]
-    link = g.custom(g.add(f"SamplerGMFlow{solver}", order=1), g.add(guider, model=g.model, **made), node="SamplerCustomAdvanced")
+    link = g.custom(g.add(f"SamplerGMFlow{solver}", order=1), g.add(guider, model=g.model, **made),
+                    node="SamplerCustomAdvanced")
     assert recognised(g.latents(link)) >= 7
 
 
@@ -128,7 +137,8 @@ def test_core_samplers_with_the_gm_guider(digits, recognised, sampler):
 SCHEDULES = {
     "karras": ("KarrasScheduler", dict(steps=8, sigma_max=1.0, sigma_min=0.01)),
     "exponential": ("ExponentialScheduler", dict(steps=8, sigma_max=1.0, sigma_min=0.01)),
-    **{name: ("BasicScheduler", dict(scheduler=name, steps=8)) for name in ("simple", "normal", "beta", "sgm_uniform", "ddim_uniform", "kl_optimal")},
+    **{name: ("BasicScheduler", dict(scheduler=name, steps=8))
+       for name in ("simple", "normal", "beta", "sgm_uniform", "ddim_uniform", "kl_optimal")},
 }
 
 
@@ -146,7 +156,8 @@ def test_the_basic_scheduler_s_simple_is_the_gm_grid(digits):
     g = digits(batch=2, labels="1")
     both = [
         g.custom(g.add("SamplerGMFlowODE"), sigmas=sigmas)
-        for sigmas in (g.add("BasicScheduler", model=g.model, scheduler="simple", steps=8), g.add("GMFlowScheduler", model=g.model, steps=8))
+        for sigmas in (g.add("BasicScheduler", model=g.model, scheduler="simple", steps=8),
+                       g.add("GMFlowScheduler", model=g.model, steps=8))
     ]
     a, b = g.latents(*both)
     torch.testing.assert_close(a, b, atol=2e-2, rtol=0)
@@ -176,14 +187,17 @@ def test_guidance_in_a_part_of_the_sampling(digits):
 def test_advanced_coefficients(digits):
     """They reach the solver: each changes the image, and order 1 ignores those of the second order."""
     g = digits(batch=1, labels="8")
-    guider, sigmas = g.add("GMFlowGuider", model=g.model, positive=g.positive), g.add("GMFlowScheduler", model=g.model, steps=5)
-    variants = [{}, {"c_a": 0.5}, {"c_b": 5.0}, {"correction_steps": 2}, {"temperature": 0.5}, {"substeps": 3}, {"order": 1}, {"order": 1, "c_a": 0.5}]
+    guider, sigmas = (g.add("GMFlowGuider", model=g.model, positive=g.positive),
+                      g.add("GMFlowScheduler", model=g.model, steps=5))
+    variants = [{}, {"c_a": 0.5}, {"c_b": 5.0}, {"correction_steps": 2}, {"temperature": 0.5}, {"substeps": 3},
+                {"order": 1}, {"order": 1, "c_a": 0.5}]
     *seven, eighth = g.latents(*(g.custom(g.add("SamplerGMFlowODE", **v), guider, sigmas) for v in variants))
     assert len({tuple(x.flatten().tolist()) for x in seven}) == 7 and torch.equal(seven[-1], eighth)
     shifted = [g.custom(g.add("SamplerGMFlowODE", shift=s), guider, sigmas) for s in (1.0, 2.0)]
     a, b = g.latents(*shifted)
     assert not torch.equal(a, b) and (a - b).abs().max() < 1
-    white, coloured = g.latents(*(g.custom(g.add("SamplerGMFlowSDE", spectral=s), guider, sigmas) for s in (False, True)))
+    white, coloured = g.latents(*(g.custom(g.add("SamplerGMFlowSDE", spectral=s), guider, sigmas)
+                                  for s in (False, True)))
     assert not torch.equal(white, coloured)
 
 
@@ -255,7 +269,9 @@ def test_a_noise_mask_is_kept(digits, how):
     elif how == "core":
         painted = g.core(latent_image=latent, seed=2, steps=4)
     else:
-        sampler = g.add(f"SamplerGMFlow{how[-3:]}") if how.startswith("adv") else g.add("KSamplerSelect", sampler_name="euler")
+        euler = "KSamplerSelect", {"sampler_name": "euler"}
+        kind, widgets = (f"SamplerGMFlow{how[-3:]}", {}) if how.startswith("adv") else euler
+        sampler = g.add(kind, **widgets)
         painted = g.custom(sampler, latent_image=latent, seed=2, steps=4, node="SamplerCustomAdvanced")
     before, after = g.latents(image, painted)
     torch.testing.assert_close(after[..., :8], before[..., :8], atol=1e-5, rtol=0)
@@ -275,7 +291,8 @@ def test_differential_diffusion(digits, solver):
             part = g.add("SolidMask", value=v, width=width, height=16)
             kept = g.add("MaskComposite", destination=kept, source=part, x=x, y=0, operation="add")
         latent = g.add("SetLatentNoiseMask", samples=image, mask=kept)
-        return (g.core if solver == "core" else g.gm)(model=model, latent_image=latent, seed=2, **({} if solver == "core" else {"solver": solver}))
+        return (g.core if solver == "core" else g.gm)(model=model, latent_image=latent, seed=2,
+                                                      **({} if solver == "core" else {"solver": solver}))
 
     before, late, early = g.latents(image, painted(0.2), painted(1.0))
     assert late.isfinite().all()
@@ -296,7 +313,8 @@ def test_two_stages_are_one(digits):
         second = g.custom(sampler, sigmas=split.out(1), noise=quiet, latent_image=first, node=node)
         a, b = g.latents(whole, second)
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    mixed = g.custom(g.add("KSamplerSelect", sampler_name="euler"), sigmas=split.out(1), noise=quiet, latent_image=first)
+    mixed = g.custom(g.add("KSamplerSelect", sampler_name="euler"), sigmas=split.out(1), noise=quiet,
+                     latent_image=first)
     assert g.latents(mixed).isfinite().all()
 
 
@@ -319,7 +337,8 @@ def test_combined_classes(digits, solver):
     other = g.add("GMFlowClassConditioning", model=g.model, labels="8")
     both = g.add("ConditioningCombine", conditioning_1=g.positive, conditioning_2=other)
     one, two, mixed = g.latents(*(
-        g.core(positive=p, steps=4) if solver == "core" else g.gm(positive=p, solver=solver, steps=4) for p in (g.positive, other, both)
+        g.core(positive=p, steps=4) if solver == "core" else g.gm(positive=p, solver=solver, steps=4)
+        for p in (g.positive, other, both)
     ))
     assert mixed.isfinite().all() and not torch.equal(mixed, one) and not torch.equal(mixed, two)
 
@@ -362,9 +381,11 @@ def test_blends_of_classes_are_refused(digits, node, inputs):
 def test_regions_are_refused_by_gm_samplers_only(digits, where):
     g = digits(batch=1, labels="4")
     if where == "mask":
-        part = g.add("ConditioningSetMask", conditioning=g.positive, mask=g.add("SolidMask", value=1.0, width=16, height=16))
+        part = g.add("ConditioningSetMask", conditioning=g.positive,
+                     mask=g.add("SolidMask", value=1.0, width=16, height=16))
     else:
-        part = g.add("ConditioningSetAreaPercentage", conditioning=g.positive, width=0.5, height=0.5, x=0.0, y=0.0, strength=1.0)
+        part = g.add("ConditioningSetAreaPercentage", conditioning=g.positive, width=0.5, height=0.5, x=0.0, y=0.0,
+                     strength=1.0)
     if where == "mask":
         assert g.latents(g.core(positive=part, steps=2)).isfinite().all()
     g.host.save(g.graph, g.gm(positive=part, steps=2))
@@ -393,8 +414,9 @@ def test_a_shift_patch_is_the_shift(digits):
 
 
 @pytest.mark.parametrize("node, inputs", [
-    ("RescaleCFG", {}), ("CFGZeroStar", {}), ("Mahiro", {}), ("APG", {}), ("TCFG", {}), ("PerturbedAttentionGuidance", {}),
-    ("SkipLayerGuidanceDiT", {}), ("FreSca", {}), ("RenormCFG", {}), ("CFGNorm", {}), ("EpsilonScaling", {}), ("HyperTile", {}),
+    ("RescaleCFG", {}), ("CFGZeroStar", {}), ("Mahiro", {}), ("APG", {}), ("TCFG", {}),
+    ("PerturbedAttentionGuidance", {}), ("SkipLayerGuidanceDiT", {}), ("FreSca", {}), ("RenormCFG", {}),
+    ("CFGNorm", {}), ("EpsilonScaling", {}), ("HyperTile", {}),
     ("NAGuidance", {}),
 ])
 def test_patches_of_guidance_do_no_harm(host, digits, node, inputs):
@@ -404,7 +426,8 @@ def test_patches_of_guidance_do_no_harm(host, digits, node, inputs):
     g = digits(batch=1, labels="6")  # RenormCFG fails on batches, whatever the model
     patched = g.add(node, model=g.model, **inputs)
     cfg = g.add("CFGGuider", model=patched, positive=g.positive, negative=g.negative, cfg=2.0)
-    for latent in g.latents(g.gm(model=patched, steps=3), g.core(model=patched, steps=3), g.custom(g.add("SamplerGMFlowODE"), cfg, steps=3)):
+    for latent in g.latents(g.gm(model=patched, steps=3), g.core(model=patched, steps=3),
+                            g.custom(g.add("SamplerGMFlowODE"), cfg, steps=3)):
         assert latent.isfinite().all() and latent.abs().max() < 5
 
 
@@ -432,11 +455,13 @@ def make_lora(host, name: str) -> None:
 def test_lora(host, digits):
     make_lora(host, "tiny.safetensors")
     g = digits(batch=2, labels="6")
-    on, off = (g.add("LoraLoaderModelOnly", model=g.model, lora_name="tiny.safetensors", strength_model=s) for s in (1.0, 0.0))
+    on, off = (g.add("LoraLoaderModelOnly", model=g.model, lora_name="tiny.safetensors", strength_model=s)
+               for s in (1.0, 0.0))
     plain, patched, zero, core, core_patched = g.latents(
         g.gm(steps=3), g.gm(model=on, steps=3), g.gm(model=off, steps=3), g.core(steps=3), g.core(model=on, steps=3)
     )
-    assert torch.equal(plain, zero) and (plain - patched).abs().max() > 1e-3 and (core - core_patched).abs().max() > 1e-3
+    assert torch.equal(plain, zero) and (plain - patched).abs().max() > 1e-3
+    assert (core - core_patched).abs().max() > 1e-3
 
 
 def test_a_patch_to_another_kind_of_model_is_refused(digits):
@@ -467,7 +492,8 @@ def test_other_sizes(digits):
     empty = g.add("EmptyLatentImage", width=32, height=48, batch_size=1)  # in pixels or eighths, by version
     latent = g.latents(g.gm(latent_image=empty, steps=2))
     assert latent.shape[1] == 3 and latent.isfinite().all()
-    bigger = g.add("LatentUpscale", samples=g.gm(steps=2), upscale_method="nearest-exact", width=192, height=192, crop="disabled")
+    bigger = g.add("LatentUpscale", samples=g.gm(steps=2), upscale_method="nearest-exact", width=192, height=192,
+                   crop="disabled")
     assert g.latents(g.gm(latent_image=bigger, steps=2, denoise=0.5)).shape[2:] == (24, 24)
     large = g.gm(latent_image=bigger, steps=2, solver="GM-SDE")
     white = g.custom(g.add("SamplerGMFlowSDE", spectral=False), latent_image=bigger, steps=2)
@@ -479,7 +505,8 @@ def test_other_sizes(digits):
 # ---- more of the core's nodes ------------------------------------------------------------------
 
 def perp_neg(g):
-    guider = g.add("PerpNegGuider", model=g.model, positive=g.positive, negative=g.negative, empty_conditioning=g.negative, cfg=2.0)
+    guider = g.add("PerpNegGuider", model=g.model, positive=g.positive, negative=g.negative,
+                   empty_conditioning=g.negative, cfg=2.0)
     return [g.custom(g.add(f"SamplerGMFlow{solver}"), guider, steps=3) for solver in ("ODE", "SDE")]
 
 
@@ -494,13 +521,15 @@ def cfg_override(g):
 
 def sampler_custom(g):
     return [g.add(
-        "SamplerCustom", model=g.model, positive=g.positive, negative=g.negative, cfg=1.5, sampler=g.add("SamplerGMFlowODE"),
-        sigmas=g.add("GMFlowScheduler", model=g.model, steps=3), latent_image=g.empty, noise_seed=0,
+        "SamplerCustom", model=g.model, positive=g.positive, negative=g.negative, cfg=1.5,
+        sampler=g.add("SamplerGMFlowODE"), sigmas=g.add("GMFlowScheduler", model=g.model, steps=3),
+        latent_image=g.empty, noise_seed=0,
     )]
 
 
 def compute_dtype(g):
-    return [sample(model=g.add("ModelComputeDtype", model=g.model, dtype=dtype), steps=3) for dtype in ("bf16", "fp16") for sample in (g.gm, g.core)]
+    return [sample(model=g.add("ModelComputeDtype", model=g.model, dtype=dtype), steps=3) for dtype in ("bf16", "fp16")
+            for sample in (g.gm, g.core)]
 
 
 def default_combine(g):
@@ -509,7 +538,8 @@ def default_combine(g):
 
 
 def seed_behaviour(g):
-    return [g.gm(latent_image=g.add("LatentBatchSeedBehavior", samples=g.empty, seed_behavior="fixed"), steps=2, solver="GM-SDE")]
+    return [g.gm(latent_image=g.add("LatentBatchSeedBehavior", samples=g.empty, seed_behavior="fixed"), steps=2,
+                 solver="GM-SDE")]
 
 
 def joined_batches(g):
@@ -536,8 +566,10 @@ def test_hooks(host, digits):
     make_lora(host, "hook.safetensors")
     g = digits(batch=1, labels="6")
     hooks = g.add("CreateHookLoraModelOnly", lora_name="hook.safetensors", strength_model=1.0)
-    pair = g.add("PairConditioningSetProperties", positive_NEW=g.positive, negative_NEW=g.negative, strength=1.0, set_cond_area="default", hooks=hooks)
-    plain, one, both = g.latents(g.gm(steps=3), g.gm(steps=3, positive=pair), g.gm(steps=3, positive=pair, negative=pair.out(1)))
+    pair = g.add("PairConditioningSetProperties", positive_NEW=g.positive, negative_NEW=g.negative, strength=1.0,
+                 set_cond_area="default", hooks=hooks)
+    plain, one, both = g.latents(g.gm(steps=3), g.gm(steps=3, positive=pair),
+                                 g.gm(steps=3, positive=pair, negative=pair.out(1)))
     assert len({tuple(x.flatten().tolist()) for x in (plain, one, both)}) == 3 and both.isfinite().all()
 
 

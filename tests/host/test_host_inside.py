@@ -32,7 +32,8 @@ def test_other_models_are_refused_by_name(foreign):
     for name in ("SamplerGMFlowODE", "SamplerGMFlowSDE"):
         text = said.pop(name)
         assert "GM samplers need a GMFlow model" in text and "SD3" in text and "choose a core sampler" in text
-    assert sorted(said) == ["GMFlowClassConditioning", "GMFlowEmptyLatent", "GMFlowGuider", "GMFlowKSampler", "GMFlowScheduler"]
+    assert sorted(said) == ["GMFlowClassConditioning", "GMFlowEmptyLatent", "GMFlowGuider", "GMFlowKSampler",
+                            "GMFlowScheduler"]
     for text in said.values():
         assert text == "ValueError: model: this is a SD3 model, not a GMFlow one; load one with GMFlow Loader"
 
@@ -62,12 +63,15 @@ def test_the_inspectors_vae(host):
     for case in ("rgb none", "rgb pixels", "latents none", "latents taesd"):
         values, finite = found.pop(case).split(" values, ")
         assert int(values) > 16 and finite == "finite True", case
-    rgb, latents = "paints RGB pixels; leave vae open, or connect pixel_space of Load VAE", "connect a Stable Diffusion 1 VAE"
+    rgb, latents = ("paints RGB pixels; leave vae open, or connect pixel_space of Load VAE",
+                    "connect a Stable Diffusion 1 VAE")
     assert found == {
         "rgb taesd": f"ValueError: vae: this one decodes 4 channels, and this model {rgb}",
         "rgb sixteen": f"ValueError: vae: this one decodes 16 channels, and this model {rgb}",
         "rgb video": f"ValueError: vae: this one is for video or sound, and this model {rgb}",
     } | {
-        f"latents {kind}": f"ValueError: vae: this one {what}, and this model paints 4-channel latents of Stable Diffusion's VAE; {latents}"
-        for kind, what in (("pixels", "decodes 3 channels"), ("sixteen", "decodes 16 channels"), ("video", "is for video or sound"))
+        f"latents {kind}": f"ValueError: vae: this one {what}, "
+                           f"and this model paints 4-channel latents of Stable Diffusion's VAE; {latents}"
+        for kind, what in (("pixels", "decodes 3 channels"), ("sixteen", "decodes 16 channels"),
+                           ("video", "is for video or sound"))
     }

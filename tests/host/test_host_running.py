@@ -50,7 +50,8 @@ def test_progress_and_previews(host, digits, listener, how):
     progress, previews = watch(host, listener, g.graph)
     assert [p["value"] for p in progress] == [1, 2, 3, 4, 5] and {p["max"] for p in progress} == {5}
     assert {p["node"] for p in progress} == {link[0]}
-    assert len(previews) >= 4 and all(b"JFIF" in p[:64] or b"PNG" in p[:128] or b"\xff\xd8" in p[:400] for p in previews)
+    assert len(previews) >= 4
+    assert all(b"JFIF" in p[:64] or b"PNG" in p[:128] or b"\xff\xd8" in p[:400] for p in previews)
 
 
 def test_a_trace_is_recorded_only_where_it_is_wanted(host, digits, listener):
@@ -88,7 +89,8 @@ def test_the_inspector(host, digits, solver):
     result = host.done(g.graph)
     assert all(len(result.images(panel)) == 1 for panel in panels)
     mixture = json.loads(result.outputs[pixel[0]]["text"][0])["steps"][2]["pixel"]
-    assert (mixture["x"], mixture["y"]) == (3, 9) and len(mixture["means"]) == 8 and sum(mixture["weights"]) == pytest.approx(1, abs=1e-4)
+    assert (mixture["x"], mixture["y"]) == (3, 9) and len(mixture["means"]) == 8
+    assert sum(mixture["weights"]) == pytest.approx(1, abs=1e-4)
     figures = json.loads(result.outputs[text[0]]["text"][0])
     assert [step["step"] for step in figures["steps"]] == [0, 1, 2] and figures["image"] == 1
 
@@ -179,7 +181,8 @@ def test_overhead(host, digits, capsys):
         with torch.no_grad():
             for _ in range(runs + 1):
                 start = time.process_time()
-                sample_gm_ode(GMDenoiser(checkpoint.model, labels, 0.45), x, flow_sigmas(steps), substeps=default_substeps(steps))
+                sample_gm_ode(GMDenoiser(checkpoint.model, labels, 0.45), x, flow_sigmas(steps),
+                              substeps=default_substeps(steps))
                 direct.append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
@@ -195,6 +198,7 @@ def test_overhead(host, digits, capsys):
         wall.append((messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]) / 1000)
     a, b = statistics.median(prompted[1:]), statistics.median(direct[1:])
     with capsys.disabled():
-        print(f"\nComfyUI {host.version}: prompt {a * 1000:.0f} ms CPU ({statistics.median(wall[1:]) * 1000:.0f} ms wall), "
+        print(f"\nComfyUI {host.version}: "
+              f"prompt {a * 1000:.0f} ms CPU ({statistics.median(wall[1:]) * 1000:.0f} ms wall), "
               f"direct {b * 1000:.0f} ms CPU; overhead {(a - b) * 1000:+.0f} ms")
     assert a < 2 * b + 0.5

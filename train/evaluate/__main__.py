@@ -114,7 +114,8 @@ def settings(subject: Subject, args: argparse.Namespace) -> list[Setting]:
 
 def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
     """The paper's, at every point of a grid: A2 white noise, A4 DPM-Solver++ SDE on the mixture's mean, B1 no substeps,
-    no projection, no re-anchoring, and the published tilt. (A3 is ``--cfg``; A5 is a training, with transition_ratio=1.)"""
+    no projection, no re-anchoring, and the published tilt. (A3 is ``--cfg``;
+    A5 is a training, with transition_ratio=1.)"""
     found = []
     for n, w, method in grid:
         found += [Setting("gm-sde2", n, w, method), Setting("gm-sde2", n, w, method, spectral=False),
@@ -246,7 +247,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help=f"of guidance (default {GUIDANCE_TILT})")
     parser.add_argument("--substeps", type=int, default=0, help="of GM-ODE (default 0: 128 / steps, as published)")
     parser.add_argument("--ablations", action="store_true",
-                        help="also the paper's ablations A2, A4, B1, no projection, no re-anchoring; the published tilt")
+                        help="also the paper's ablations A2, A4, B1, no projection, "
+                             "no re-anchoring; the published tilt")
     parser.add_argument("--samples", type=int, default=1000,
                         help="samples of each setting, its classes in turn (default 1000; the paper: 50000)")
     parser.add_argument("--real-samples", type=int, default=50_000, help="real images at most (default 50000)")

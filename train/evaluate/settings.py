@@ -106,6 +106,7 @@ def draw(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) ->
     x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size),
                     generator=generator).to(device)
     denoiser = GMDenoiser(
-        model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method, tilt=setting.guidance_tilt
+        model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method,
+        tilt=setting.guidance_tilt
     )
     return solve(setting, denoiser, x, checkpoint.spectrum, generator)
