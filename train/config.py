@@ -175,6 +175,15 @@ _IMAGES = TrainConfig(  # DiT-S on small pictures of your own
     steps=100_000, batch_size=128, lr=2e-4,
 )
 
+_CHARACTERS = TrainConfig(  # small pictures of sixteen kinds, drawn by train.characters
+    data="imagefolder", flip=False, workers=1,
+    model=replace(_DIGITS_NET, num_classes=16, sample_size=24, patch_size=3, num_heads=3),
+    spectrum=SpectrumConfig(base_size=(3, 24, 24), layers=(64, 8)),
+    transition_ratio=0.9, mean_weight=2.0, time_mean=0.5, time_std=1.3,
+    steps=36_000, batch_size=64, lr=1e-3, lr_decay="cooldown", cooldown=6_000, warmup=200, clip_norm=1.0, clip_from=0,
+    weight_decay=0.01, ema_decay=0.999, precision="float32",
+)
+
 _CHECKERBOARD = TrainConfig(
     data="checkerboard",
     model=GMMLPConfig(num_gaussians=64),
@@ -188,6 +197,7 @@ PRESETS: dict[str, TrainConfig] = {
     "digits-vanilla": replace(
         _DIGITS, loss="l2", spectrum=None, model=replace(_DIGITS_NET, num_gaussians=1, constant_logstd=0.0)
     ),
+    "characters": _CHARACTERS,
     "checkerboard": _CHECKERBOARD,
     **{f"checkerboard-k{k}": replace(_CHECKERBOARD, model=GMMLPConfig(num_gaussians=k)) for k in (1, 8, 64)},
     "checkerboard-vanilla": replace(_CHECKERBOARD, loss="l2", model=GMMLPConfig(num_gaussians=1, constant_logstd=0.0)),
