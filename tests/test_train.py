@@ -136,6 +136,29 @@ def test_a_run_without_the_mean_term_is_the_one_it_always_was(tmp_path):
         Trainer(replace(TINY, mean_weight=2.0), tmp_path, CPU)
 
 
+def test_cooldown_is_constant_and_then_one_minus_the_root():
+    config = override(PRESETS["digits"], ["lr_decay=cooldown", "cooldown=4", "steps=10", "lr=0.5", "warmup=2"])
+    assert [learning_rate(config, step) for step in range(2, 7)] == [0.5] * 5 and learning_rate(config, 0) == 0.25
+    rest = [0.5 * (1 - math.sqrt(share)) for share in (0.25, 0.5, 0.75)]
+    assert [learning_rate(config, step) for step in (7, 8, 9)] == pytest.approx(rest)
+    for bad in (["cooldown=4"], ["lr_decay=cooldown"], ["lr_decay=cooldown", "cooldown=11", "steps=10"]):
+        with pytest.raises(ValueError, match="cooldown, the last steps"):
+            override(PRESETS["digits"], bad)
+
+
+def test_a_run_with_a_cooldown_may_end_earlier_or_later(tmp_path):
+    """Until the cooldown begins the steps are the same, whenever it ends."""
+    cooled = replace(TINY, lr_decay="cooldown", cooldown=2, steps=6)
+    trainer = Trainer(cooled, tmp_path, CPU)
+    run(trainer, 4)
+    trainer.save()
+    again = Trainer(replace(cooled, steps=8, cooldown=3), tmp_path, CPU)
+    assert again.step == 4 and equal_states(trainer, again)
+    with pytest.raises(ValueError, match="steps: 6 there, 9 asked for"):  # a cosine's whole course hangs on its length
+        Trainer(TINY, tmp_path / "cosine", CPU).save()
+        Trainer(replace(TINY, steps=9), tmp_path / "cosine", CPU)
+
+
 def test_every_parameter_learns():
     nets = build(TINY, CPU)
     torch.manual_seed(0)

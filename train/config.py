@@ -13,7 +13,7 @@ DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations",
         "compile", "tf32", "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
-LATER = {"mean_weight": 0.0}         # settings that older runs did not have, at what they did
+LATER = {"mean_weight": 0.0, "cooldown": 0}  # settings that older runs did not have, at what they did
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class TrainConfig:
     parallel: str = "ddp"                    # or "fsdp": processes share out weights, their average and AdamW's state
     optimizer: str = "adamw"                 # or "adamw8bit", of bitsandbytes or torchao
     lr: float = 2e-4
-    lr_decay: str = "constant"               # or "cosine": to zero at the last step
+    lr_decay: str = "constant"               # or "cosine": to zero at the last step; or "cooldown": to zero at the end
+    cooldown: int = 0                        # in so many last steps, constant before
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05               # of matrices; never of biases
     warmup: int = 1000
@@ -76,7 +77,7 @@ class TrainConfig:
         _one_of(self, "classes", ("model", "data"))
         _one_of(self, "loss", ("transition", "l2"))
         _one_of(self, "time_distribution", ("logit-normal", "uniform"))
-        _one_of(self, "lr_decay", ("constant", "cosine"))
+        _one_of(self, "lr_decay", ("constant", "cosine", "cooldown"))
         _one_of(self, "precision", ("bf16", "float32"))
         _one_of(self, "optimizer", ("adamw", "adamw8bit"))
         _one_of(self, "ema_device", ("same", "cpu"))
@@ -93,6 +94,9 @@ class TrainConfig:
             if not low <= value <= high or (name == "transition_ratio" and value == 0):
                 wanted = "(0, 1]" if name == "transition_ratio" else "[0, 1]"
                 raise ValueError(f"{name} must be in {wanted}, got {value}")
+        if (self.lr_decay == "cooldown") != (self.cooldown > 0) or not 0 <= self.cooldown <= self.steps:
+            raise ValueError(f"cooldown, the last steps of lr_decay=cooldown, must be from 1 to steps={self.steps} "
+                             f"with it and 0 without, got {self.cooldown}")
         if not self.lr > 0:
             raise ValueError(f"lr must be > 0, got {self.lr}")
         if self.loss == "l2" and (self.model.num_gaussians != 1 or self.model.constant_logstd is None):
@@ -115,7 +119,8 @@ class TrainConfig:
 
 def changes(before: dict, after: dict) -> list[str]:
     """In words, where two configurations (dicts) differ that must be the same throughout a run."""
-    free = FREE + (("steps",) if before["lr_decay"] == after["lr_decay"] == "constant" else ())
+    lengths = {"constant": ("steps",), "cooldown": ("steps", "cooldown")}  # what comes before the end is the same
+    free = FREE + (lengths.get(after["lr_decay"], ()) if before["lr_decay"] == after["lr_decay"] else ())
     before, after = LATER | before, LATER | after
     return [f"{k}: {before.get(k)} there, {after[k]} asked for" for k in after
             if before.get(k) != after[k] and k not in free]
@@ -170,6 +175,15 @@ _IMAGES = TrainConfig(  # DiT-S on small pictures of your own
     steps=100_000, batch_size=128, lr=2e-4,
 )
 
+_CHARACTERS = TrainConfig(  # small pictures of sixteen kinds, drawn by train.characters
+    data="imagefolder", flip=False, workers=1,
+    model=replace(_DIGITS_NET, num_classes=16, sample_size=24, patch_size=3, num_heads=3),
+    spectrum=SpectrumConfig(base_size=(3, 24, 24), layers=(64, 8)),
+    transition_ratio=0.9, mean_weight=2.0, time_mean=0.5, time_std=1.3,
+    steps=36_000, batch_size=64, lr=1e-3, lr_decay="cooldown", cooldown=6_000, warmup=200, clip_norm=1.0, clip_from=0,
+    weight_decay=0.01, ema_decay=0.999, precision="float32",
+)
+
 _CHECKERBOARD = TrainConfig(
     data="checkerboard",
     model=GMMLPConfig(num_gaussians=64),
@@ -183,6 +197,7 @@ PRESETS: dict[str, TrainConfig] = {
     "digits-vanilla": replace(
         _DIGITS, loss="l2", spectrum=None, model=replace(_DIGITS_NET, num_gaussians=1, constant_logstd=0.0)
     ),
+    "characters": _CHARACTERS,
     "checkerboard": _CHECKERBOARD,
     **{f"checkerboard-k{k}": replace(_CHECKERBOARD, model=GMMLPConfig(num_gaussians=k)) for k in (1, 8, 64)},
     "checkerboard-vanilla": replace(_CHECKERBOARD, loss="l2", model=GMMLPConfig(num_gaussians=1, constant_logstd=0.0)),

@@ -229,10 +229,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then constant or a cosine to zero at the last step."""
+    """Linear warm-up; then constant, or a cosine to zero at the last step, or constant until the last ``cooldown``
+    steps and there lr (1 - sqrt(the share of them that is done)) (Haegele et al. 2024)."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.lr_decay == "constant":
         return config.lr * warm
+    if config.lr_decay == "cooldown":
+        return config.lr * warm * (1 - math.sqrt(max(0, step - config.steps + config.cooldown) / config.cooldown))
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 

@@ -216,13 +216,14 @@ class Trainer:
 
     def summary(self) -> dict:
         """What the checkpoint remembers of its training."""
-        config = self.config.to_dict()
+        config, sources = self.config.to_dict(), self.data.sources
         return {
             "step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1),
             "skipped": self.skipped, "processes": self.team.size, "device": self.device.type,
             "torch": torch.__version__, "log": list(self.run_log.history) if self.run_log else [],
             "init_from": config["init_from"] and Path(config["init_from"]).name,
             "config": {k: v for k, v in config.items() if k not in ("model", "spectrum", *PATHS)},
+            **({"sources": sources} if sources else {}),
         }
 
     def _data(self) -> dict:

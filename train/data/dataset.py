@@ -17,6 +17,7 @@ class Dataset:
     latent_space: LatentSpace
     class_names: tuple[str, ...] | None
     shape: tuple[int, ...]
+    sources: dict | None = None  # where the samples come from and under which licences, for the checkpoint
 
     def __len__(self) -> int:
         """The number of different samples; 0 where they are made up."""

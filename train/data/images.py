@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from .dataset import Dataset
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
 CACHE_BYTES = 2_000_000_000
+SOURCES = "sources.json"  # beside the class folders: where the images come from, for the checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ def find_images(folder: str | Path | None) -> ImageList:
         folder, [path for found in classes.values() for path in found],
         torch.arange(len(counts)).repeat_interleave(counts), tuple(classes),
     )
+
+
+def read_sources(folder: Path) -> dict | None:
+    """What ``sources.json`` says of a folder's images; None without one. ValueError if it is not a JSON object."""
+    if not (path := folder / SOURCES).is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); mend it or take it away") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(found).__name__}; mend it or take it away")
+    return found
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -115,6 +130,7 @@ class ImageFolder(Dataset):
     workers: int = 2
     broken: set[int] = field(default_factory=set)
     cache: dict[int, Tensor] | None = None         # decoded images by index, where they all fit
+    sources: dict | None = None
 
     latent_space = LatentSpace("rgb")
 
@@ -126,7 +142,8 @@ class ImageFolder(Dataset):
                              "for latents set data=latents")
         images = find_images(folder)
         small = len(images.paths) * channels * size * size < CACHE_BYTES
-        return cls(images, (channels, size, size), flip, workers, cache={} if small else None)
+        sources = read_sources(images.folder)
+        return cls(images, (channels, size, size), flip, workers, cache={} if small else None, sources=sources)
 
     @property
     def class_names(self) -> tuple[str, ...]:
