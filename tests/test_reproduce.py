@@ -49,7 +49,7 @@ class Blob(torch.nn.Module):
 
     def __init__(self, std: float):
         super().__init__()
-        self.std, self.config, self.dummy = std, None, torch.nn.Parameter(torch.zeros(1))
+        self.std, self.config, self.dummy = std, GMMLPConfig(), torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x, sigma, labels=None):
         s, v = sigma[:, None], self.std**2
