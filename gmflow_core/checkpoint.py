@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from .files import CheckpointError, State, is_pickle, is_safetensors, one_line, read_safetensors, write_safetensors
-from .foreign import RawCheckpoint, make_config, read_diffusers_file, read_folder, read_training, strip_prefix
+from .foreign import (
+    RawCheckpoint,
+    make_config,
+    read_diffusers_file,
+    read_folder,
+    read_training,
+    strip_prefix,
+    without_wrapper_prefixes,
+)
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig, SpectrumMLP
 
 __all__ = [
@@ -238,6 +246,7 @@ def _read_own(path: Path, state: State, metadata: dict[str, str]) -> RawCheckpoi
     spectrum, names, training = header.get("spectrum"), header.get("class_names"), header.get("training") or {}
     if not isinstance(names, (list, type(None))) or not isinstance(training, dict):
         raise CheckpointError(f"{path}: in its metadata class_names must be a list or null and training an object")
+    state = without_wrapper_prefixes(state, path)
     return RawCheckpoint(
         path, "gmflow", {key: value for key, value in state.items() if not key.startswith(SPECTRUM)},
         make_config(CONFIGS[architecture], header.get("model"), path),

@@ -82,6 +82,30 @@ def is_dit(state: dict) -> bool:
     return "pos_embed.proj.weight" in state and "proj_out_2.weight" in state
 
 
+# What others put around parameter names: in front (ComfyUI's savers, DDP, pipelines), or anywhere (torch.compile, FSDP, checkpointing).
+_OUTER = ("model.diffusion_model.", "diffusion_model.", "module.", "transformer.")
+_INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's own name, without what wrappers have put around it."""
+    for mark in _INNER:
+        name = name.replace(mark, "")
+    while prefix := next((p for p in _OUTER if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def without_wrapper_prefixes(state: dict, source) -> dict:
+    """``state`` under the networks' own names (:func:`unwrapped_name`); CheckpointError if two entries get one name."""
+    names: dict[str, str] = {}
+    for name in state:
+        first = names.setdefault(unwrapped_name(name), name)
+        if first != name:
+            raise CheckpointError(f"{source}: {first} and {name} are the same parameter, once wrapped: keep one of them")
+    return {own: state[name] for own, name in names.items()}
+
+
 # ---- configs from shapes -----------------------------------------------------------------------
 
 def shape_of(state: State, key: str, ndim: int, source) -> tuple[int, ...]:
@@ -194,13 +218,16 @@ def read_folder(path: Path, heads: int | None = None) -> RawCheckpoint:
         )
     config = dit_config_from_json(transformer / "config.json")
     weights = weights_file(transformer)
-    return with_siblings(path, "diffusers folder", weights, read_safetensors(weights)[0], config, heads)
+    state = without_wrapper_prefixes(read_safetensors(weights)[0], weights)
+    return with_siblings(path, "diffusers folder", weights, state, config, heads)
 
 
 def read_diffusers_file(path: Path, state: State, heads: int | None = None) -> RawCheckpoint:
     """A bare ``diffusion_pytorch_model*.safetensors`` (``state`` is its content), helped by a config.json beside it."""
-    if not is_dit(state):
+    bare = without_wrapper_prefixes(state, path)
+    if not is_dit(bare):
         raise CheckpointError(f"{path}: {recognise(state)}")
+    state = bare
     config = config_beside(path) or dit_config_from_shapes(state, path, heads, sample_size=32)
     return with_siblings(path, "diffusers file", path, state, config, heads)
 
@@ -254,6 +281,7 @@ def read_training(path: Path, heads: int | None = None) -> RawCheckpoint:
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path}: its state_dict is no dict of names")
+    state = without_wrapper_prefixes(state, path)
     for prefix, weights in (("diffusion_ema.", "moving average"), ("diffusion.", "last")):
         model = strip_prefix(state, prefix + "denoising.")
         if model:

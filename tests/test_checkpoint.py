@@ -715,3 +715,35 @@ def test_identify_does_not_read_the_weights(saved):
     state = load_file(saved)
     state["proj_out_1.bias"][0] = float("nan")
     assert identify(rewrite(saved, state=state))["num_classes"] == 3
+
+
+# ---- wrapped names -----------------------------------------------------------------------------
+
+def wrapped(state: dict, kind: str) -> dict:
+    """The names that savers and wrappers of that kind give."""
+    inside = kind in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+    return {kind + (re.sub(r"(transformer_blocks\.\d+\.)", r"\1" + kind, key) if inside else key): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("kind", [
+    "model.diffusion_model.", "diffusion_model.", "module.", "_orig_mod.", "transformer.", "_fsdp_wrapped_module.", "module._orig_mod.",
+    "_checkpoint_wrapped_module.",
+])
+def test_wrapped_names_are_the_same_model(tmp_path, saved, tiny, kind):
+    path = tmp_path / "a.safetensors"
+    save_file(wrapped(load_file(SMALL / "transformer" / WEIGHTS), kind), path)
+    shutil.copy(SMALL / "transformer" / "config.json", tmp_path)
+    assert_published_outputs(load_checkpoint(path).model)
+    save_file(wrapped(load_file(saved), kind), path, {"gmflow": json.dumps(metadata(saved))})
+    loaded = load_checkpoint(path)
+    assert_same_state(loaded.model, tiny.state_dict())
+    assert loaded.spectrum is not None and loaded.class_names == NAMES
+    content = torch.load(TRAINING, weights_only=True)
+    torch.save(content | {"state_dict": wrapped(content["state_dict"], kind)}, tmp_path / "b.pth")
+    assert load_checkpoint(tmp_path / "b.pth", heads=2).spectrum is not None
+
+
+def test_one_parameter_under_two_names(tmp_path, saved):
+    state = load_file(saved)
+    rewrite(saved, state=state | {"module.proj_out_1.bias": state["proj_out_1.bias"].clone()})
+    refused(saved, "module.proj_out_1.bias and proj_out_1.bias|proj_out_1.bias and module.proj_out_1.bias", "same parameter")
