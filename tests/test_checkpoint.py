@@ -448,7 +448,10 @@ def test_training_file_variants(training):
         del state[key]
     torch.save(content, path)
     raw = read_state(path, heads=2)
-    assert raw.config.sample_size == 32 and raw.spectrum_state is None
+    assert raw.config.sample_size == 8 and raw.spectrum_state is None and raw.assumed is None
+    (path.parent / "config.json").unlink()
+    raw = read_state(path, heads=2)
+    assert raw.config.sample_size == 32 and raw.assumed.startswith("an image size of 32 assumed")
 
 
 def test_training_file_of_the_2d_model(tmp_path):
@@ -479,7 +482,7 @@ def test_training_file_faults(training):
     write(r"expected \(1, side", pos_embed__pos_embed=positions.long())
     write("unexpected: extra", extra=torch.zeros(1))
     write("extra is no plain tensor", extra=3)
-    write("extra is no plain tensor", extra=torch.zeros(2, 2).to_sparse())
+    write("tensors that are not plain .*sparse", extra=torch.zeros(2, 2).to_sparse())
     write("proj_out_1.bias holds NaN", proj_out_1__bias=torch.full((64,), float("nan")))
     state["diffusion_ema.spectrum_net.mlp.4.weight"] = torch.zeros(255, 4)
     write("255 outputs are not 4 square channels")
@@ -695,6 +698,7 @@ def test_identify(saved):
         "num_gaussians": 2, "num_classes": 3, "parameters": sum(p.numel() for p in GMDiT(TINY).parameters()),
         "spectrum_parameters": 171, "dtype": "float32", "class_names": list(NAMES),
         "latent_space": {"kind": "sd-vae", "scale": 0.5, "shift": 0.25}, "training": {"step": 7, "loss": [1.5, 0.5]},
+        "assumed": None,
     }
     assert GMDiTConfig(**info["config"]) == TINY and SpectrumConfig(**info["spectrum"]).base_size == (3, 4, 4)
 
@@ -746,4 +750,4 @@ def test_wrapped_names_are_the_same_model(tmp_path, saved, tiny, kind):
 def test_one_parameter_under_two_names(tmp_path, saved):
     state = load_file(saved)
     rewrite(saved, state=state | {"module.proj_out_1.bias": state["proj_out_1.bias"].clone()})
-    refused(saved, "module.proj_out_1.bias and proj_out_1.bias|proj_out_1.bias and module.proj_out_1.bias", "same parameter")
+    refused(saved, "module.proj_out_1.bias and proj_out_1.bias|proj_out_1.bias and module.proj_out_1.bias", "one parameter")
