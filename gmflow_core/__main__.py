@@ -203,7 +203,7 @@ def check_inspection(args, kind: str, images: int, size: int) -> None:
 
 
 def run_info(args) -> None:
-    from .checkpoint import format_info, identify
+    from .describe import format_info, identify
 
     print(format_info(identify(args.checkpoint, heads=args.heads)))
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .configs import make_config
 from .files import CheckpointError, State, is_safetensors, one_line, read_safetensors, reading, shown, write_safetensors
@@ -33,8 +33,8 @@ from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, LatentSpace, Spectrum
 from .pickles import is_pickle
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "RawCheckpoint", "build_network", "check_finite", "check_keys", "convert",
-    "expected_shapes", "format_info", "identify", "load_checkpoint", "read_state", "save_checkpoint",
+    "CONFIGS", "Checkpoint", "CheckpointError", "RawCheckpoint", "build_network", "check_finite", "check_keys",
+    "convert", "expected_shapes", "load_checkpoint", "read_raw", "read_state", "save_checkpoint", "some",
 ]
 
 FORMAT = 1
@@ -70,11 +70,12 @@ def check_keys(state: State, expected: dict[str, tuple[int, ...]], source) -> No
         ],
     }
     if any(faults.values()):
-        lists = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        lists = "; ".join(f"{kind}: {some(names)}" for kind, names in faults.items() if names)
         raise CheckpointError(f"{source}: the weights do not fit the model's config; {lists}")
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def some(names: list[str], limit: int = 8) -> str:
+    """The first of many names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(shown(name, 200) for name in names[:limit]) + more
 
@@ -191,7 +192,7 @@ def load_checkpoint(
 
     Networks come in eval mode, without gradients, on ``device``, in ``dtype`` (None: as stored).
     """
-    raw = _read(path, heads)
+    raw = read_raw(path, heads)
     with reading(raw.path):
         spectrum = None
         if raw.spectrum_config is not None:
@@ -219,13 +220,13 @@ def read_state(path, *, heads: int | None = None) -> RawCheckpoint:
     cache of it; a bare ``diffusion_pytorch_model*.safetensors``, also in parts; their training ``.pth``. ``heads``
     is the number of attention heads where the file cannot tell (no config.json). CheckpointError for everything else.
     """
-    raw = _read(path, heads)
+    raw = read_raw(path, heads)
     with reading(raw.path):
         check_finite(raw.state | (raw.spectrum_state or {}), raw.path)
     return raw
 
 
-def _read(path, heads: int | None) -> RawCheckpoint:
+def read_raw(path, heads: int | None = None) -> RawCheckpoint:
     """:func:`read_state` without the look at the values, which has to read the whole file."""
     path = Path(path)
     with reading(path):
@@ -272,60 +273,3 @@ def _read_own(path: Path, state: State, metadata: dict[str, str]) -> RawCheckpoi
         make_config(LatentSpace, header.get("latent_space"), path),
         None if names is None else tuple(names), training,
     )
-
-
-# ---- describing --------------------------------------------------------------------------------
-
-def identify(path, *, heads: int | None = None) -> dict:
-    """What a checkpoint is, as a dict that JSON can hold; reads names and shapes, not the weights' values."""
-    raw = _read(path, heads)
-    return {
-        "path": str(raw.path),
-        "format": raw.format,
-        "architecture": next(name for name, config in CONFIGS.items() if isinstance(raw.config, config)),
-        "config": raw.config.to_dict(),
-        "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
-        "num_gaussians": raw.config.num_gaussians,
-        "num_classes": raw.config.num_classes,
-        "parameters": _count(raw.state),
-        "spectrum_parameters": _count(raw.spectrum_state or {}),
-        "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in raw.state.values()})),
-        "latent_space": asdict(raw.latent_space),
-        "class_names": raw.class_names and list(raw.class_names),
-        "training": raw.training,
-        "assumed": raw.assumed,
-    }
-
-
-def _count(state: dict[str, Tensor]) -> int:
-    return sum(value.numel() for value in state.values())
-
-
-def format_info(info: dict) -> str:
-    """The dict of :func:`identify` as readable text, a line for each thing."""
-    config, latent, names = info["config"], info["latent_space"], info["class_names"]
-    lines = {"format": info["format"]}
-    if info["architecture"] == "gmdit":
-        heads = f"{config['num_heads']} heads x {config['head_dim']}"
-        lines["network"] = f"GM-DiT, {config['num_layers']} layers, {heads}, patch {config['patch_size']}"
-        lines["sample"] = f"{config['in_channels']} x {config['sample_size']} x {config['sample_size']}"
-        lines["classes"] = str(info["num_classes"]) + (f": {_some(names)}" if names else ", without names")
-    else:
-        lines["network"] = f"GMMLP for 2D data, {config['num_layers']} layers of {config['width']}"
-    lines["mixture"] = f"K = {info['num_gaussians']}" + (
-        "" if config["constant_logstd"] is None else f", constant log_std {config['constant_logstd']}"
-    )
-    lines["spectrum"] = "none" if info["spectrum"] is None else (
-        " x ".join(map(str, info["spectrum"]["base_size"])) + f", {info['spectrum_parameters']:,} parameters"
-    )
-    lines["parameters"] = f"{info['parameters']:,}, stored as {info['dtype']}"
-    lines["latents"] = latent["kind"] + (
-        f", scale {latent['scale']:g}, shift {latent['shift']:g}" if latent["kind"] == "sd-vae" else ""
-    )
-    lines["training"] = ", ".join(
-        f"{name} ({len(value)} values)" if isinstance(value, (list, dict)) else f"{name} {value}"
-        for name, value in info["training"].items()
-    ) or "nothing recorded"
-    if info["assumed"]:
-        lines["assumed"] = info["assumed"]
-    return "\n".join([info["path"], *(f"  {name + ':':<12}{text}" for name, text in lines.items())])

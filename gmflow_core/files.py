@@ -79,7 +79,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a regular file. CheckpointError for none, a folder, or a FIFO or device, which must not even be opened."""
+    """Bytes of a regular file. CheckpointError for none, a folder, or a FIFO or device, which must not be opened."""
     try:
         facts = os.stat(path)
     except FileNotFoundError:

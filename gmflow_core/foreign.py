@@ -246,7 +246,7 @@ def recognise_training(content: dict) -> str | None:
     if {"config", "nets", "ema", "optimizer"} <= content.keys():
         return "the state from which a training run goes on; its model is checkpoint.safetensors beside it"
     if is_dit_training(content):
-        return "a training file of DiT or SiT, which predict a mean and no mixture: start a training with --init-from it"
+        return "a training file of DiT or SiT, which predict a mean and no mixture: start one with --init-from"
     return None
 
 

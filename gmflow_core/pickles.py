@@ -102,7 +102,8 @@ def check_plain(path: Path, pickle: BinaryIO) -> None:
         if opcode.name in ("GLOBAL", "INST") and not _PLAIN.fullmatch(argument):
             name = shown(argument.replace(" ", ".", 1))
             tensors = argument.startswith(("torch._utils ", "torch._tensor "))
-            raise _refused(path, f"holds {'tensors that are not plain' if tensors else 'Python code or objects'} ({name})")
+            kind = "tensors that are not plain" if tensors else "Python code or objects"
+            raise _refused(path, f"holds {kind} ({name})")
         if opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "BYTEARRAY8"):
             raise _refused(path, "holds Python code or objects, in opcodes that torch.save does not use")
         if count > MAX_OPCODES:

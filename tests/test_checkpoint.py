@@ -21,12 +21,11 @@ from gmflow_core.checkpoint import (
     check_keys,
     convert,
     expected_shapes,
-    format_info,
-    identify,
     load_checkpoint,
     read_state,
     save_checkpoint,
 )
+from gmflow_core.describe import format_info, identify
 from gmflow_core.model import LatentSpace
 
 DATA = Path(__file__).parent / "data"
