@@ -5,6 +5,7 @@ Reading maps files into memory; a tensor is read from disk when used. Only regul
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -37,9 +38,9 @@ def shown(text, limit: int = 120) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
-def one_line(error: Exception) -> str:
-    """An exception's text without line breaks, at most 300 characters; its type where it has none."""
-    return shown(" ".join(str(error)[:1000].split()), 300) or type(error).__name__
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's text without line breaks, shortened; its type where it has none."""
+    return shown(" ".join(str(error)[: 2 * limit].split()), limit) or type(error).__name__
 
 
 @contextmanager
@@ -176,9 +177,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+_REMAINS = ".*." + "[0-9a-f]" * 8 + ".tmp"  # of write_atomically
+
+
 def remove_remains(path: Path) -> None:
-    """Delete what killed writers of ``path`` left beside it; only where nobody else may be writing it now."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+    """Delete what killed writers of a file, or of any file in a folder, left; only where nobody may be writing now."""
+    remains = path.glob(_REMAINS) if path.is_dir() else path.parent.glob(f".{glob.escape(path.name)}{_REMAINS[2:]}")
+    for temporary in remains:
         temporary.unlink(missing_ok=True)
 
 
@@ -191,6 +196,38 @@ def not_written(path: Path, error: Exception) -> OSError:
 
 
 def write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
-    """Tensors and metadata as ``.safetensors``, by :func:`write_atomically`; missing folders are made."""
+    """Tensors and metadata as ``.safetensors``, by :func:`write_atomically`; missing folders are made.
+
+    Equal content is equal bytes: the metadata is in the order of its names.
+    """
+    def write(temporary: Path) -> None:
+        save_file(state, temporary, metadata)
+        _sort_metadata(temporary)
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order, which safetensors keeps in a table without one. As long as before: only names move."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, by :func:`write_atomically`, in UTF-8; what that cannot hold (names of odd folders) is escaped."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
+
+
+def write_picture(path: Path, image, **options) -> None:
+    """A Pillow image in the format of the name's ending, by :func:`write_atomically`."""
+    write_atomically(path, lambda temporary: image.save(temporary, PICTURES[path.suffix.lower()], **options))

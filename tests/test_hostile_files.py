@@ -266,7 +266,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path, small):
 
 
 def test_paths_that_no_system_has(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be opened|no such file"):
+    with pytest.raises(CheckpointError, match="cannot be opened|no such file|name too long"):
         load_checkpoint(tmp_path / ("a" * 300))
     with pytest.raises(CheckpointError, match="a"):
         load_checkpoint("a\0b")
