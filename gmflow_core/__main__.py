@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from .cli import Parser, UsageError, number, sample_images
+from .cli import Parser, UsageError, number, open_device, run_command, sample_images
 from .guidance import TILTS
 from .sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
 from .solver import SecondOrder
@@ -56,7 +56,8 @@ def build_parser() -> Parser:
 def add_sampling(parser) -> None:
     """Arguments of every command that samples."""
     parser.add_argument("checkpoint", type=Path, help="a GMFlow checkpoint: file or folder")
-    parser.add_argument("--labels", help="one image each: indices, ranges and class names, e.g. 0,1,2-9")
+    parser.add_argument("--labels", help="one image each: indices, ranges and class names, e.g. 0,1,2-9; where names "
+                        'are numbers #1 is the index and "1" the name')
     parser.add_argument("--solver", choices=SOLVERS, default="gm-ode")
     parser.add_argument("--order", type=number(int, 1, 2), default=2, help="of the solver (default 2)")
     parser.add_argument("--corrections", type=number(int, 0, 100), default=0,
@@ -79,17 +80,10 @@ def add_sampling(parser) -> None:
 
 def open_checkpoint(args):
     """The checkpoint on the asked-for device, and the labels as indices or None."""
-    import torch
-
     from .checkpoint import load_checkpoint
     from .labels import LabelError, parse_labels
 
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    checkpoint = load_checkpoint(args.checkpoint, device=device)
+    checkpoint = load_checkpoint(args.checkpoint, device=open_device(args.device))
     classes = checkpoint.config.num_classes
     if classes is None and args.labels:
         raise UsageError("--labels: this model has no classes; use --count")
@@ -113,15 +107,17 @@ def sample_as_asked(args, checkpoint, labels, **rest):
 
 def run_sample(args) -> None:
     import torch
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
+    from .files import remove_remains, write_picture, write_safetensors
     from .pictures import image_grid, scatter
 
     checkpoint, labels = open_checkpoint(args)
     if (args.labels is None) == (args.count is None):
         raise UsageError("give either --labels (one image each) or --count (images without a class)")
     args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("grid.png", "samples.safetensors"):
+        remove_remains(args.out / name)
 
     total = len(labels) if labels is not None else args.count
     batches = -(-total // args.batch_size)
@@ -132,17 +128,17 @@ def run_sample(args) -> None:
         )
     seconds = time.perf_counter() - start
     if images.ndim == 2:
-        scatter(images, 4.5).save(args.out / "grid.png")
+        write_picture(args.out / "grid.png", scatter(images, 4.5))
     else:
         scale = max(1, round(64 / images.shape[-1]))
-        image_grid(images, min(10, total), scale).save(args.out / "grid.png")
+        write_picture(args.out / "grid.png", image_grid(images, min(10, total), scale))
         if args.images:
             for i, image in enumerate(images):
                 name = f"{i:04d}.png" if labels is None else f"{i:04d}-class{labels[i]}.png"
-                image_grid(image[None], 1, gap=0).save(args.out / name)
+                write_picture(args.out / name, image_grid(image[None], 1, gap=0))
     if args.latents:
         extra = {} if labels is None else {"labels": torch.tensor(labels)}
-        save_file({"samples": images, **extra}, args.out / "samples.safetensors")
+        write_safetensors(args.out / "samples.safetensors", {"samples": images, **extra}, {"format": "pt"})
     if checkpoint.latent_space.kind == "sd-vae":
         print("note: these are latents of an SD VAE; the PNGs show their first three channels, not decoded images")
     print(f"{total} samples in {seconds:.1f} s: {args.out}/")
@@ -151,6 +147,7 @@ def run_sample(args) -> None:
 def run_inspect(args) -> None:
     import json
 
+    from .files import remove_remains, write_picture, write_text
     from .inspection.statistics import statistics
     from .inspection.tiles import save_animation
     from .inspection.trace import Recorder, save_trace
@@ -172,14 +169,15 @@ def run_inspect(args) -> None:
     pictures = [] if kind in (".json", ".safetensors") else [panel(step) for step in (range(args.steps) if moving else [args.step])]
     numbers = statistics(trace, args.image, args.max_components, pixel) if kind == ".json" else None
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    remove_remains(args.out)
     if kind == ".json":
-        args.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        write_text(args.out, json.dumps(numbers, indent=1) + "\n")
     elif kind == ".safetensors":
         save_trace(trace, args.out)
     elif moving:
         save_animation(pictures, args.out)
     else:
-        pictures[0].save(args.out)
+        write_picture(args.out, pictures[0])
     if checkpoint.latent_space.kind == "sd-vae":
         print("note: these are latents of an SD VAE; pictures show their first three channels, not decoded images")
     print(args.out)
@@ -203,16 +201,18 @@ def check_inspection(args, kind: str, images: int, size: int) -> None:
 
 
 def run_info(args) -> None:
-    from .checkpoint import format_info, identify
+    from .describe import format_info, identify
 
     print(format_info(identify(args.checkpoint, heads=args.heads)))
 
 
 def run_convert(args) -> None:
     from .checkpoint import convert
+    from .files import remove_remains
 
     if args.destination.suffix != ".safetensors":
         raise UsageError(f"destination {args.destination} must end in .safetensors")
+    remove_remains(args.destination)
     convert(args.source, args.destination, heads=args.heads)
     print(args.destination)
 
@@ -224,17 +224,13 @@ def run_demo(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    commands = {"demo": run_demo, "sample": run_sample, "inspect": run_inspect, "info": run_info, "convert": run_convert}
+
+    def action() -> None:
         args = build_parser().parse_args(argv)
-        commands = {"demo": run_demo, "sample": run_sample, "inspect": run_inspect, "info": run_info, "convert": run_convert}
         commands[args.command](args)
-    except ModuleNotFoundError as error:
-        print(f'error: {error.name} is not installed: python -m pip install -e ".[standalone]"', file=sys.stderr)
-        return 2
-    except (UsageError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

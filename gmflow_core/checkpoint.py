@@ -10,20 +10,31 @@ before any network is built.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .files import CheckpointError, State, is_pickle, is_safetensors, one_line, read_safetensors, write_safetensors
-from .foreign import RawCheckpoint, make_config, read_diffusers_file, read_folder, read_training, strip_prefix
+from .configs import make_config
+from .files import CheckpointError, State, is_safetensors, one_line, read_safetensors, reading, shown, write_safetensors
+from .folders import index_of, locate, read_weights
+from .foreign import (
+    RawCheckpoint,
+    read_diffusers_file,
+    read_folder,
+    read_training,
+    strip_prefix,
+    without_wrapper_prefixes,
+)
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig, SpectrumMLP
+from .pickles import is_pickle
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "RawCheckpoint", "build_network", "check_finite", "check_keys", "convert",
-    "expected_shapes", "format_info", "identify", "load_checkpoint", "read_state", "save_checkpoint",
+    "CONFIGS", "Checkpoint", "CheckpointError", "RawCheckpoint", "build_network", "check_finite", "check_keys",
+    "convert", "expected_shapes", "load_checkpoint", "read_raw", "read_state", "save_checkpoint", "some",
 ]
 
 FORMAT = 1
@@ -54,18 +65,19 @@ def check_keys(state: State, expected: dict[str, tuple[int, ...]], source) -> No
         "missing": [key for key in expected if key not in state],
         "unexpected": [key for key in state if key not in expected],
         "misshaped": [
-            f"{key} {tuple(state[key].shape)} should be {tuple(shape)}"
+            f"{shown(key)} {tuple(state[key].shape)} should be {tuple(shape)}"
             for key, shape in expected.items() if key in state and tuple(state[key].shape) != tuple(shape)
         ],
     }
     if any(faults.values()):
-        lists = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        lists = "; ".join(f"{kind}: {some(names)}" for kind, names in faults.items() if names)
         raise CheckpointError(f"{source}: the weights do not fit the model's config; {lists}")
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def some(names: list[str], limit: int = 8) -> str:
+    """The first of many names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(shown(name, 200) for name in names[:limit]) + more
 
 
 def check_finite(state: State, source) -> None:
@@ -78,16 +90,21 @@ def check_finite(state: State, source) -> None:
 
 
 def expected_shapes(config) -> dict[str, tuple[int, ...]]:
-    """Parameter names and shapes of the network of a config; nothing is allocated."""
-    network = NETWORKS[type(config)](config, device="meta")
-    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    """Parameter names and shapes of the network of a config; nothing is allocated, and of equal blocks one is built."""
+    blocks = config.num_layers if isinstance(config, GMDiTConfig) else 1
+    network = NETWORKS[type(config)](replace(config, num_layers=1) if blocks > 1 else config, device="meta")
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    first = "transformer_blocks.0."
+    block = {name.removeprefix(first): shape for name, shape in shapes.items() if name.startswith(first)}
+    return shapes | {f"transformer_blocks.{i}.{name}": block[name] for i in range(1, blocks) for name in block}
 
 
 def _check_part(state: State, config, source) -> None:
     """Keys, shapes and dtypes of one network."""
-    # A config is only text: 10^9 layers in it must not keep the machine busy.
-    if getattr(config, "num_layers", 0) > len(state):
-        raise CheckpointError(f"{source}: the config has {config.num_layers} layers, the file {len(state)} tensors")
+    # A config is only text: 10^9 layers in it must not keep the machine busy. A layer has a weight and a bias at least.
+    layers = len(config.layers) + 1 if isinstance(config, SpectrumConfig) else config.num_layers
+    if 2 * layers > len(state):
+        raise CheckpointError(f"{source}: the config has {layers} layers, the file {len(state)} tensors")
     try:
         expected = expected_shapes(config)
     except (RuntimeError, TypeError, OverflowError) as error:
@@ -175,13 +192,14 @@ def load_checkpoint(
 
     Networks come in eval mode, without gradients, on ``device``, in ``dtype`` (None: as stored).
     """
-    raw = _read(path, heads)
-    spectrum = None
-    if raw.spectrum_config is not None:
-        spectrum = build_network(raw.spectrum_config, raw.spectrum_state, device, dtype, raw.path)
+    raw = read_raw(path, heads)
+    with reading(raw.path):
+        spectrum = None
+        if raw.spectrum_config is not None:
+            spectrum = build_network(raw.spectrum_config, raw.spectrum_state, device, dtype, raw.path)
+        model = build_network(raw.config, raw.state, device, dtype, raw.path)
     return Checkpoint(
-        build_network(raw.config, raw.state, device, dtype, raw.path), spectrum, raw.config, raw.class_names,
-        raw.latent_space, raw.training, raw.format, raw.path,
+        model, spectrum, raw.config, raw.class_names, raw.latent_space, raw.training, raw.format, raw.path
     )
 
 
@@ -198,28 +216,35 @@ def build_network(config, state: State, device, dtype, source) -> nn.Module:
 def read_state(path, *, heads: int | None = None) -> RawCheckpoint:
     """A checkpoint's tensors and configs, checked but with no network built, for hosts that build their own.
 
-    Reads our own file; a diffusers folder of GMFlow's authors or its ``transformer/``; a bare
-    ``diffusion_pytorch_model*.safetensors``; their training ``.pth``. ``heads`` is the number of attention
-    heads where the file cannot tell (no config.json). CheckpointError for everything else.
+    Reads our own file; a run's folder; a diffusers folder of GMFlow's authors, its ``transformer/`` or the hub's
+    cache of it; a bare ``diffusion_pytorch_model*.safetensors``, also in parts; their training ``.pth``. ``heads``
+    is the number of attention heads where the file cannot tell (no config.json). CheckpointError for everything else.
     """
-    raw = _read(path, heads)
-    check_finite(raw.state | (raw.spectrum_state or {}), raw.path)
+    raw = read_raw(path, heads)
+    with reading(raw.path):
+        check_finite(raw.state | (raw.spectrum_state or {}), raw.path)
     return raw
 
 
-def _read(path, heads: int | None) -> RawCheckpoint:
+def read_raw(path, heads: int | None = None) -> RawCheckpoint:
     """:func:`read_state` without the look at the values, which has to read the whole file."""
     path = Path(path)
-    if path.is_dir():
-        raw = read_folder(path, heads)
-    elif not is_safetensors(path) and is_pickle(path):
-        raw = read_training(path, heads)
-    else:
-        state, metadata = read_safetensors(path)
-        raw = _read_own(path, state, metadata) if "gmflow" in metadata else read_diffusers_file(path, state, heads)
-    _check(raw)
+    with reading(path):
+        path = locate(path)
+        if path.is_dir():
+            raw = read_folder(path, heads)
+        elif index_of(path) is not None:
+            raw = read_diffusers_file(path, read_weights(path), heads)
+        elif not is_safetensors(path) and is_pickle(path):
+            raw = read_training(path, heads)
+        else:
+            state, metadata = read_safetensors(path)
+            raw = _read_own(path, state, metadata) if "gmflow" in metadata else read_diffusers_file(path, state, heads)
+        _check(raw)
     if heads is not None and heads != getattr(raw.config, "num_heads", None):
         raise CheckpointError(f"{path}: heads={heads} was given, but the file's own config is {raw.config}")
+    if raw.assumed:
+        logging.getLogger(__name__).warning("%s: %s", raw.path, raw.assumed)
     return raw
 
 
@@ -230,14 +255,16 @@ def _read_own(path: Path, state: State, metadata: dict[str, str]) -> RawCheckpoi
         raise CheckpointError(f"{path}: its metadata gmflow is not JSON ({one_line(error)})") from error
     version = header.get("format") if isinstance(header, dict) else None
     if version != FORMAT:
-        raise CheckpointError(f"{path}: unknown format version {version!r} in its metadata; this program reads {FORMAT}"
-                              " (a newer version of it may be needed)")
+        raise CheckpointError(f"{path}: unknown format version {shown(repr(version))} in its metadata; this program "
+                              f"reads {FORMAT} (a newer version of it may be needed)")
     architecture = header.get("architecture")
-    if architecture not in tuple(CONFIGS):
-        raise CheckpointError(f"{path}: unknown architecture {architecture!r}; known are {', '.join(CONFIGS)}")
+    if not isinstance(architecture, str) or architecture not in CONFIGS:
+        raise CheckpointError(f"{path}: unknown architecture {shown(repr(architecture))}; "
+                              f"known are {', '.join(CONFIGS)}")
     spectrum, names, training = header.get("spectrum"), header.get("class_names"), header.get("training") or {}
     if not isinstance(names, (list, type(None))) or not isinstance(training, dict):
         raise CheckpointError(f"{path}: in its metadata class_names must be a list or null and training an object")
+    state = without_wrapper_prefixes(state, path)
     return RawCheckpoint(
         path, "gmflow", {key: value for key, value in state.items() if not key.startswith(SPECTRUM)},
         make_config(CONFIGS[architecture], header.get("model"), path),
@@ -246,57 +273,3 @@ def _read_own(path: Path, state: State, metadata: dict[str, str]) -> RawCheckpoi
         make_config(LatentSpace, header.get("latent_space"), path),
         None if names is None else tuple(names), training,
     )
-
-
-# ---- describing --------------------------------------------------------------------------------
-
-def identify(path, *, heads: int | None = None) -> dict:
-    """What a checkpoint is, as a dict that JSON can hold; reads names and shapes, not the weights' values."""
-    raw = _read(path, heads)
-    return {
-        "path": str(raw.path),
-        "format": raw.format,
-        "architecture": next(name for name, config in CONFIGS.items() if isinstance(raw.config, config)),
-        "config": raw.config.to_dict(),
-        "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
-        "num_gaussians": raw.config.num_gaussians,
-        "num_classes": raw.config.num_classes,
-        "parameters": _count(raw.state),
-        "spectrum_parameters": _count(raw.spectrum_state or {}),
-        "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in raw.state.values()})),
-        "latent_space": asdict(raw.latent_space),
-        "class_names": raw.class_names and list(raw.class_names),
-        "training": raw.training,
-    }
-
-
-def _count(state: dict[str, Tensor]) -> int:
-    return sum(value.numel() for value in state.values())
-
-
-def format_info(info: dict) -> str:
-    """The dict of :func:`identify` as readable text, a line for each thing."""
-    config, latent, names = info["config"], info["latent_space"], info["class_names"]
-    lines = {"format": info["format"]}
-    if info["architecture"] == "gmdit":
-        heads = f"{config['num_heads']} heads x {config['head_dim']}"
-        lines["network"] = f"GM-DiT, {config['num_layers']} layers, {heads}, patch {config['patch_size']}"
-        lines["sample"] = f"{config['in_channels']} x {config['sample_size']} x {config['sample_size']}"
-        lines["classes"] = str(info["num_classes"]) + (f": {_some(names)}" if names else ", without names")
-    else:
-        lines["network"] = f"GMMLP for 2D data, {config['num_layers']} layers of {config['width']}"
-    lines["mixture"] = f"K = {info['num_gaussians']}" + (
-        "" if config["constant_logstd"] is None else f", constant log_std {config['constant_logstd']}"
-    )
-    lines["spectrum"] = "none" if info["spectrum"] is None else (
-        " x ".join(map(str, info["spectrum"]["base_size"])) + f", {info['spectrum_parameters']:,} parameters"
-    )
-    lines["parameters"] = f"{info['parameters']:,}, stored as {info['dtype']}"
-    lines["latents"] = latent["kind"] + (
-        f", scale {latent['scale']:g}, shift {latent['shift']:g}" if latent["kind"] == "sd-vae" else ""
-    )
-    lines["training"] = ", ".join(
-        f"{name} ({len(value)} values)" if isinstance(value, (list, dict)) else f"{name} {value}"
-        for name, value in info["training"].items()
-    ) or "nothing recorded"
-    return "\n".join([info["path"], *(f"  {name + ':':<12}{text}" for name, text in lines.items())])

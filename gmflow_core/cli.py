@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .denoiser import GMDenoiser
+from .files import one_line
 from .guidance import PUBLISHED_SCALE
 from .noise import ImageNoise
 from .sampler import SamplerOptions, sample
@@ -24,6 +29,37 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """The exit code of a command: what its user can cause is one line on stderr and 2, Ctrl-C is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know nothing but ASCII
+    try:
+        return action() or 0
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of `| head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        print(f'error: {error.name} is not installed: python -m pip install -e ".[standalone]"', file=sys.stderr)
+    except (UsageError, ValueError, OSError, RuntimeError, MemoryError, FloatingPointError, ImportError) as error:
+        print(f"error: {one_line(error, 2000)}", file=sys.stderr)
+    return 2
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device of ``--device``, by default CUDA where there is one. UsageError unless tensors can be put there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def number(kind, low, high=None, *, high_open: bool = False):

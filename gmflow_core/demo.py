@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .cli import sample_images
+from .files import write_picture
 from .inspection.beliefs import effective_components, hypotheses, mean_weights, weight_entropy
 from .mixture import GaussianMixture
 from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet
@@ -34,7 +35,7 @@ def demo(checkpoint_path: Path, out: Path, seed: int = 0) -> list[Path]:
         start = time.perf_counter()
         picture = draw(checkpoint, seed)
         paths.append(out / f"{name}.png")
-        picture.save(paths[-1])
+        write_picture(paths[-1], picture)
         print(f"{paths[-1]}  {time.perf_counter() - start:.1f} s", flush=True)
     print(f"{len(paths)} pictures in {time.perf_counter() - begin:.1f} s")
     return paths

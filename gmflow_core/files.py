@@ -1,35 +1,58 @@
-r"""Reading files that may be anything: safetensors, JSON, and PyTorch files with ``weights_only=True``; writing them whole.
+r"""Reading files that may be anything: safetensors and JSON (PyTorch's own: :mod:`.pickles`); writing them whole.
 
-No code from a file is ever run. Reading maps files into memory; a tensor is read from disk when used.
+Reading maps files into memory; a tensor is read from disk when used. Only regular files are opened.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-import re
 import secrets
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+MAX_HEADER = 32 << 20  # bytes of names in a safetensors file; a model of 10,000 tensors has one
+MAX_JSON = 8 << 20     # bytes of a config
 
 State = dict[str, Tensor]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used: one line that names the file, what is wrong and what would be right."""
+    """A checkpoint cannot be used: one printable line that names the file, what is wrong and what would be right."""
+
+    def __init__(self, message: str):
+        super().__init__(shown(message, 2000))
 
 
-def one_line(error: Exception) -> str:
-    """An exception's text without line breaks, at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+def shown(text, limit: int = 120) -> str:
+    """Text from a file or a name, fit for a message: at most ``limit`` characters, those that do not print escaped."""
+    text = str(text)
+    cut = text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's text without line breaks, shortened; its type where it has none."""
+    return shown(" ".join(str(error)[: 2 * limit].split()), limit) or type(error).__name__
+
+
+@contextmanager
+def reading(path) -> Iterator[None]:
+    """Whatever reading a file raises is one CheckpointError with its name."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged or hostile file may raise anything
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({what})") from error
 
 
 _MAGIC = (
@@ -56,18 +79,26 @@ def is_safetensors(path: Path) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
-def is_pickle(path: Path) -> bool:
-    """True if both name and first bytes are those of a PyTorch file."""
-    return path.suffix in PICKLE_SUFFIXES and read_head(path).startswith((b"PK\x03\x04", b"\x80"))
+def file_size(path: Path) -> int:
+    """Bytes of a regular file. CheckpointError for none, a folder, or a FIFO or device, which must not be opened."""
+    try:
+        facts = os.stat(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file or folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be opened: {one_line(error)}") from error
+    if not stat.S_ISREG(facts.st_mode):
+        kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a device, pipe or socket"
+        raise CheckpointError(f"{path}: is {kind}, a file is needed")
+    return facts.st_size
 
 
 def read_head(path: Path) -> bytes:
     """The first 64 bytes of a file; CheckpointError if there is none or it cannot be opened."""
+    file_size(path)
     try:
         with open(path, "rb") as file:
             return file.read(64)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file or folder") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {one_line(error)}") from error
 
@@ -86,42 +117,37 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     if not is_safetensors(path):
         raise CheckpointError(f"{path}: not a checkpoint: it looks like {looks_like(read_head(path))}; "
                               "GMFlow models are .safetensors files, diffusers folders or training files in .pth")
+    header = int.from_bytes(read_head(path)[:8], "little")
+    if header > MAX_HEADER:
+        raise CheckpointError(f"{path}: its header has {header:,} bytes, at most {MAX_HEADER:,} are read")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: truncated or damaged safetensors file ({one_line(error)}); download or copy it again"
+            f"{path}: truncated or damaged safetensors file ({one_line(error)}{_missing_part(path, header)}); "
+            "download or copy it again"
         ) from error
 
 
-def read_pickle(path: Path) -> dict:
-    """The dict in a PyTorch file, read with ``weights_only=True``: a file that holds code is refused, not run."""
-    zipped = read_head(path).startswith(b"PK")
+def _missing_part(path: Path, header: int) -> str:
+    """Of a file that its download left half: how much of it is there, by its own header."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # torch documents no list of what a damaged or hostile file raises
-        found = re.search(r"GLOBAL (\S+)|TorchScript", str(error))
-        if found or isinstance(error, UnpicklingError):
-            # Torch's own text advises to load it with weights_only=False: never pass that on.
-            what = f"holds Python code or objects ({found[1] or found[0]})" if found else "is not torch.save's"
-            raise CheckpointError(
-                f"{path}: the pickle {what}; refused, and nothing was run: loading such a file may do anything. "
-                "A GMFlow training file holds tensors and plain values only"
-            ) from None
-        raise CheckpointError(
-            f"{path}: truncated or damaged PyTorch file ({one_line(error)}); download or copy it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; GMFlow's training files hold a dict")
-    return content
+        with open(path, "rb") as file:
+            entries = json.loads(file.read(8 + header)[8:])
+        whole = 8 + header + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+        size = file_size(path)
+        return f"; {size:,} of {whole:,} bytes are there, half a download?" if whole > size else ""
+    except Exception:  # a damaged header may hold anything: then there is nothing to say
+        return ""
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; CheckpointError if it is absent or something else."""
-    read_head(path)
+    """The JSON object in a file of at most 8 MB, a byte-order mark allowed; CheckpointError for anything else."""
+    if file_size(path) > MAX_JSON:
+        raise CheckpointError(f"{path}: has {file_size(path):,} bytes, at most {MAX_JSON:,} are read")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
@@ -132,9 +158,9 @@ def read_json(path: Path) -> dict:
 # ---- writing -----------------------------------------------------------------------------------
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` a new file beside ``path`` and rename it: readers see the old file or the whole new one, a crash leaves the old.
+    """``write`` a new file beside ``path`` and rename it: readers see the old file or the whole new one.
 
-    OSError that names the file if it cannot be written.
+    A crash leaves the old one. OSError that names the file if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -151,9 +177,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+_REMAINS = ".*." + "[0-9a-f]" * 8 + ".tmp"  # of write_atomically
+
+
 def remove_remains(path: Path) -> None:
-    """Delete what killed writers of ``path`` left beside it; only where nobody else may be writing it now."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+    """Delete what killed writers of a file, or of any file in a folder, left; only where nobody may be writing now."""
+    remains = path.glob(_REMAINS) if path.is_dir() else path.parent.glob(f".{glob.escape(path.name)}{_REMAINS[2:]}")
+    for temporary in remains:
         temporary.unlink(missing_ok=True)
 
 
@@ -166,6 +196,38 @@ def not_written(path: Path, error: Exception) -> OSError:
 
 
 def write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
-    """Tensors and metadata as ``.safetensors``, by :func:`write_atomically`; missing folders are made."""
+    """Tensors and metadata as ``.safetensors``, by :func:`write_atomically`; missing folders are made.
+
+    Equal content is equal bytes: the metadata is in the order of its names.
+    """
+    def write(temporary: Path) -> None:
+        save_file(state, temporary, metadata)
+        _sort_metadata(temporary)
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order, which safetensors keeps in a table without one. As long as before: only names move."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, by :func:`write_atomically`, in UTF-8; what that cannot hold (names of odd folders) is escaped."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".webp": "WEBP"}
+
+
+def write_picture(path: Path, image, **options) -> None:
+    """A Pillow image in the format of the name's ending, by :func:`write_atomically`."""
+    write_atomically(path, lambda temporary: image.save(temporary, PICTURES[path.suffix.lower()], **options))

@@ -1,4 +1,4 @@
-r"""Checkpoints of others: the formats of GMFlow's authors, and the names of what is not ours.
+r"""Checkpoints of others: the formats of GMFlow's authors, names in their wrappers, and what is not ours.
 
 Every format is read into a :class:`RawCheckpoint`: tensors as stored and a config, but no network.
 Nothing here imports what a file names.
@@ -6,18 +6,25 @@ Nothing here imports what a file names.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from .files import CheckpointError, State, one_line, read_json, read_pickle, read_safetensors
+from .configs import (
+    dit_config_from_shapes,
+    make_config,
+    mlp_config_from_shapes,
+    sample_size_from,
+    spectrum_config_from_shapes,
+)
+from .files import CheckpointError, State, one_line, read_json, shown
+from .folders import WEIGHTS, read_weights, weights_file
 from .model import SD_VAE_SCALE, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig
-from .model.layers import sincos_positions
+from .pickles import read_pickle
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+ASSUMED_SIZE = 32  # of latents, where nothing tells: what the published model was trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,29 +40,14 @@ class RawCheckpoint:
     latent_space: LatentSpace = LatentSpace("rgb")
     class_names: tuple[str, ...] | None = None
     training: dict = field(default_factory=dict)
-
-
-def make_config(config_class, values, source):
-    """``config_class(**values)``; CheckpointError if a value is unknown, absent (unless null is its default) or bad."""
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{source}: the {config_class.__name__} must be a JSON object, got {values!r}")
-    known = {f.name: f.default for f in fields(config_class)}
-    unknown = [name for name in values if name not in known]
-    absent = [name for name, default in known.items() if name not in values and default is not None]
-    if unknown or absent:
-        raise CheckpointError(
-            f"{source}: the {config_class.__name__} has unknown values {unknown} and lacks {absent}; "
-            f"it should have {', '.join(known)}"
-        )
-    try:
-        return config_class(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: bad {config_class.__name__}: {one_line(error)}") from error
+    assumed: str | None = None              # in words, what nothing told and was taken to be as usual
 
 
 # ---- recognition -------------------------------------------------------------------------------
 
 _FOREIGN = (
+    (("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant"),
+     "weights in fp8 with scales of their own, which are not supported: take the file in bf16, fp16 or plain fp8"),
     (("lora_up", "lora_down", "lora_A", "lora_B"), "a LoRA, a patch for a model: load a GMFlow model, then it"),
     (("conditioner.", "model.diffusion_model."), "a whole Stable Diffusion (SD 1/2, SDXL, ...) checkpoint"),
     (("double_blocks.",), "a Flux model"),
@@ -74,7 +66,7 @@ def recognise(state: dict) -> str:
     for fragments, description in _FOREIGN:
         if any(fragment in key for key in state for fragment in fragments):
             return f"this is {description}, not a GMFlow file"
-    first = ", ".join(list(state)[:5]) or "there are none"
+    first = ", ".join(shown(key, 60) for key in list(state)[:5]) or "there are none"
     return f"not a GMFlow file: first keys are {first}"
 
 
@@ -82,68 +74,27 @@ def is_dit(state: dict) -> bool:
     return "pos_embed.proj.weight" in state and "proj_out_2.weight" in state
 
 
-# ---- configs from shapes -----------------------------------------------------------------------
-
-def shape_of(state: State, key: str, ndim: int, source) -> tuple[int, ...]:
-    """The shape of ``state[key]``; CheckpointError if it is missing or has another number of axes."""
-    if key not in state or state[key].ndim != ndim:
-        got = f"has shape {tuple(state[key].shape)}, not {ndim} axes" if key in state else "is missing"
-        raise CheckpointError(f"{source}: {key} {got}; a GMFlow model has it")
-    return tuple(state[key].shape)
+# What others put around parameter names: in front (ComfyUI's savers, DDP, pipelines) or anywhere (torch.compile, FSDP).
+_OUTER = re.compile(r"(?:(?:model\.)?diffusion_model\.|module\.|transformer\.)+")
+_INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def split_heads(width: int, heads: int | None, source) -> tuple[int, int]:
-    """(heads, head_dim) of a width, which shapes do not tell: as asked, or by DiT's habit 72 (XL) or 64."""
-    if heads is not None:
-        if heads < 1 or width % heads:
-            raise CheckpointError(f"{source}: {heads} heads do not divide the width {width}")
-        return heads, width // heads
-    for head_dim in (72, 64):
-        if width % head_dim == 0:
-            return width // head_dim, head_dim
-    raise CheckpointError(
-        f"{source}: the number of attention heads cannot be told from a width of {width}; "
-        "put the model's config.json beside the file or give heads="
-    )
+def unwrapped_name(name: str) -> str:
+    """A parameter's own name, without what wrappers have put around it."""
+    name = _INNER.sub("", name)
+    outer = _OUTER.match(name)
+    return name[outer.end() :] if outer else name
 
 
-def dit_config_from_shapes(state: State, source, heads: int | None, sample_size: int) -> GMDiTConfig:
-    """The config that a GM-DiT's shapes and names tell; heads by :func:`split_heads`."""
-    width, channels, patch, _ = shape_of(state, "pos_embed.proj.weight", 4, source)
-    rows, _ = shape_of(state, "proj_out_2.weight", 2, source)
-    per_component = patch * patch * (channels + 1)
-    if rows % per_component or not any(key.startswith("gm_out.") for key in state):
-        raise CheckpointError(
-            f"{source}: a DiT, but not a GMFlow one: a mixture head has K*({channels}+1)*{patch}*{patch} rows in "
-            f"proj_out_2 (here {rows}) and gm_out.logstd_layers for its standard deviation (a model of constant "
-            "deviation needs its config.json beside it)"
-        )
-    num_heads, head_dim = split_heads(width, heads, source)
-    return make_config(GMDiTConfig, dict(
-        num_classes=shape_of(state, "emb.class_embedder.embedding_table.weight", 2, source)[0] - 1,
-        num_gaussians=rows // per_component, in_channels=channels, sample_size=sample_size, patch_size=patch,
-        num_layers=len({key.split(".")[1] for key in state if key.startswith("transformer_blocks.")}),
-        num_heads=num_heads, head_dim=head_dim,
-        logstd_width=shape_of(state, "gm_out.logstd_layers.1.weight", 2, source)[0],
-    ), source)
-
-
-def mlp_config_from_shapes(state: State, source) -> GMMLPConfig:
-    return make_config(GMMLPConfig, dict(
-        num_gaussians=shape_of(state, "out_logweights.weight", 2, source)[0],
-        width=shape_of(state, "net.0.weight", 2, source)[0],
-        num_layers=len({key.split(".")[1] for key in state if key.startswith("net.")}),
-    ), source)
-
-
-def spectrum_config_from_shapes(state: State, channels: int, source) -> SpectrumConfig:
-    """The spectrum's size is taken to be square."""
-    names = sorted((key for key in state if key.endswith(".weight")), key=lambda key: (len(key), key))
-    *layers, outputs = [shape_of(state, name, 2, source)[0] for name in names] or [0]
-    side = math.isqrt(outputs // channels)
-    if not side or side * side * channels != outputs:
-        raise CheckpointError(f"{source}: the spectrum network's {outputs} outputs are not {channels} square channels")
-    return make_config(SpectrumConfig, dict(base_size=(channels, side, side), layers=tuple(layers)), source)
+def without_wrapper_prefixes(state: dict, source) -> dict:
+    """``state`` under the networks' own names (:func:`unwrapped_name`); CheckpointError if two entries get one name."""
+    names: dict[str, str] = {}
+    for name in state:
+        first = names.setdefault(unwrapped_name(name), name)
+        if first != name:
+            raise CheckpointError(f"{source}: {shown(first)} and {shown(name)} are one parameter, once wrapped: "
+                                  "keep one of them")
+    return {own: state[name] for own, name in names.items()}
 
 
 # ---- diffusers layout --------------------------------------------------------------------------
@@ -165,23 +116,14 @@ def dit_config_from_json(path: Path) -> GMDiTConfig:
     values = read_json(path)
     absent = [name for name in _DIFFUSERS_NAMES.values() if name not in values]
     if absent:
-        kind = values.get("_class_name", "unknown class")
+        kind = shown(values.get("_class_name", "unknown class"))
         raise CheckpointError(f"{path}: not the config of a GM-DiT ({kind}): it lacks {', '.join(absent)}")
     fixed = _DIFFUSERS_FIXED | {"out_channels": values["in_channels"]}
     for name, want in fixed.items():
         if values.get(name) is not None and values[name] != want:
-            raise CheckpointError(f"{path}: {name} {values[name]!r} is not supported, only {want!r}")
+            raise CheckpointError(f"{path}: {name} {shown(repr(values[name]))} is not supported, only {want!r}")
     config = {ours: values[theirs] for ours, theirs in _DIFFUSERS_NAMES.items()}
     return make_config(GMDiTConfig, config | {"constant_logstd": values.get("constant_logstd")}, path)
-
-
-def weights_file(folder: Path, prefer: str = WEIGHTS) -> Path:
-    """The weights in a diffusers part: the preferred file, the full precision one, else any variant (``.bf16.``)."""
-    variants = sorted(folder.glob("diffusion_pytorch_model.*.safetensors"))
-    for candidate in (folder / prefer, folder / WEIGHTS, *variants):
-        if candidate.is_file():
-            return candidate
-    raise CheckpointError(f"{folder}: no {WEIGHTS} (or .bf16. variant) in this folder")
 
 
 def read_folder(path: Path, heads: int | None = None) -> RawCheckpoint:
@@ -194,15 +136,26 @@ def read_folder(path: Path, heads: int | None = None) -> RawCheckpoint:
         )
     config = dit_config_from_json(transformer / "config.json")
     weights = weights_file(transformer)
-    return with_siblings(path, "diffusers folder", weights, read_safetensors(weights)[0], config, heads)
+    state = without_wrapper_prefixes(read_weights(weights), weights)
+    return with_siblings(path, "diffusers folder", weights, state, config, heads)
 
 
 def read_diffusers_file(path: Path, state: State, heads: int | None = None) -> RawCheckpoint:
     """A bare ``diffusion_pytorch_model*.safetensors`` (``state`` is its content), helped by a config.json beside it."""
-    if not is_dit(state):
+    bare = without_wrapper_prefixes(state, path)
+    if not is_dit(bare):
         raise CheckpointError(f"{path}: {recognise(state)}")
-    config = config_beside(path) or dit_config_from_shapes(state, path, heads, sample_size=32)
-    return with_siblings(path, "diffusers file", path, state, config, heads)
+    config, assumed = config_beside(path), None
+    if config is None:
+        config = dit_config_from_shapes(bare, path, heads, ASSUMED_SIZE)
+        assumed = what_is_assumed(config, size=True, heads=heads is None)
+    return with_siblings(path, "diffusers file", path, bare, config, heads, assumed)
+
+
+def what_is_assumed(config: GMDiTConfig, size: bool, heads: bool) -> str | None:
+    """In words, what weights without a config cannot tell; None if that is nothing."""
+    parts = [f"an image size of {config.sample_size}"] * size + [f"{config.num_heads} attention heads"] * heads
+    return f"{' and '.join(parts)} assumed: a config.json beside the file would tell" if parts else None
 
 
 def config_beside(path: Path) -> GMDiTConfig | None:
@@ -211,7 +164,10 @@ def config_beside(path: Path) -> GMDiTConfig | None:
     return dit_config_from_json(beside) if beside.is_file() and "num_gaussians" in read_json(beside) else None
 
 
-def with_siblings(path, kind, weights: Path, state: State, config: GMDiTConfig, heads: int | None) -> RawCheckpoint:
+def with_siblings(
+    path: Path, kind: str, weights: Path, state: State, config: GMDiTConfig, heads: int | None,
+    assumed: str | None = None,
+) -> RawCheckpoint:
     """The checkpoint with what lies beside its ``transformer/`` folder: spectrum network and VAE config."""
     if heads not in (None, config.num_heads):
         raise CheckpointError(f"{path}: config.json says {config.num_heads} heads, not {heads}")
@@ -223,10 +179,10 @@ def with_siblings(path, kind, weights: Path, state: State, config: GMDiTConfig, 
             values = read_json(spectrum / "config.json")
             values = {name: value for name, value in values.items() if not name.startswith("_")}
             spectrum_config = make_config(SpectrumConfig, values, spectrum / "config.json")
-            spectrum_state = read_safetensors(weights_file(spectrum, weights.name))[0]
+            spectrum_state = read_weights(weights_file(spectrum, weights.name))
         if vae.is_file():
             latent_space = vae_latent(vae)
-    return RawCheckpoint(path, kind, state, config, spectrum_state, spectrum_config, latent_space)
+    return RawCheckpoint(path, kind, state, config, spectrum_state, spectrum_config, latent_space, assumed=assumed)
 
 
 def guess_latent(config: GMDiTConfig | GMMLPConfig) -> LatentSpace:
@@ -251,35 +207,62 @@ def vae_latent(path: Path) -> LatentSpace:
 def read_training(path: Path, heads: int | None = None) -> RawCheckpoint:
     """A ``.pth`` of GMFlow's training code: the moving average (``diffusion_ema.``) if there, else ``diffusion.``."""
     content = read_pickle(path)
+    if reason := recognise_training(content):
+        raise CheckpointError(f"{path}: {reason}")
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path}: its state_dict is no dict of names")
-    for prefix, weights in (("diffusion_ema.", "moving average"), ("diffusion.", "last")):
+    state = without_wrapper_prefixes(state, path)
+    for prefix, weights in (("diffusion_ema.", "moving average"), ("diffusion.", "last")):  # noqa: B007
         model = strip_prefix(state, prefix + "denoising.")
         if model:
             break
     else:
         raise CheckpointError(f"{path}: no keys diffusion_ema.denoising.* or diffusion.denoising.*; {recognise(state)}")
     spectrum = strip_prefix(state, prefix + "spectrum_net.") or None
-    for name, value in (model | (spectrum or {})).items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise CheckpointError(f"{path}: {prefix}*.{name} is no plain tensor")
-    positions = model.pop("pos_embed.pos_embed", None)  # computed, never loaded: but it tells the size
+    check_plain_tensors(model | (spectrum or {}), path, prefix)
+    positions, assumed = model.pop("pos_embed.pos_embed", None), None  # computed, never loaded: but it tells the size
     if "out_logweights.weight" in model:
         config = mlp_config_from_shapes(model, path)
     else:
         if not is_dit(model):
             raise CheckpointError(f"{path}: {recognise(model)}")
-        beside = config_beside(path) if heads is None else None
-        heads = beside.num_heads if beside else heads
-        config = dit_config_from_shapes(model, path, heads, sample_size_from(positions, model, path))
+        beside = config_beside(path)
+        known = None if positions is None else sample_size_from(positions, model, path)
+        size = known or (beside.sample_size if beside else ASSUMED_SIZE)
+        config = dit_config_from_shapes(model, path, heads or (beside and beside.num_heads), size)
+        assumed = what_is_assumed(config, size=not (known or beside), heads=not (heads or beside))
     spectrum_config = None
     if spectrum is not None:
         spectrum_config = spectrum_config_from_shapes(spectrum, config.in_channels, path)
     return RawCheckpoint(
         path, "training .pth", model, config, spectrum, spectrum_config, guess_latent(config),
-        training=training_summary(content.get("meta"), weights),
+        training=training_summary(content.get("meta"), weights), assumed=assumed,
     )
+
+
+def recognise_training(content: dict) -> str | None:
+    """In words, what another program's training file is; None if it may be one of GMFlow's authors."""
+    if {"config", "nets", "ema", "optimizer"} <= content.keys():
+        return "the state from which a training run goes on; its model is checkpoint.safetensors beside it"
+    if is_dit_training(content):
+        return "a training file of DiT or SiT, which predict a mean and no mixture: start one with --init-from"
+    return None
+
+
+def is_dit_training(content: dict) -> bool:
+    """True for what the training programs of DiT and SiT write: ``{"model": ..., "ema": ..., "opt": ...}``."""
+    return all(isinstance(content.get(part), dict) for part in ("model", "ema"))
+
+
+def check_plain_tensors(state: dict, path: Path, prefix: str) -> None:
+    """CheckpointError unless all values are tensors that together are no larger than their file."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {prefix}*.{shown(name)} is no plain tensor")
+    total, size = sum(value.nbytes for value in state.values()), path.stat().st_size
+    if total > size:
+        raise CheckpointError(f"{path}: its weights claim {total:,} bytes, the file has {size:,}")
 
 
 def strip_prefix(state: dict, prefix: str) -> dict:
@@ -291,26 +274,3 @@ def training_summary(meta, weights: str) -> dict:
     meta = meta if isinstance(meta, dict) else {}
     numbers = {name: meta[name] for name in ("iter", "epoch") if isinstance(meta.get(name), int)}
     return numbers | {"weights": weights}
-
-
-def sample_size_from(positions: Tensor | None, state: State, path: Path) -> int:
-    """The size of the training latents, from the stored position table (1,N,D): 32 where there is none.
-
-    CheckpointError if the table is not the one this project computes: the weights would mean something else.
-    """
-    if positions is None:
-        return 32
-    width, _, patch, _ = shape_of(state, "pos_embed.proj.weight", 4, path)
-    side = math.isqrt(positions.numel() // width)
-    square = tuple(positions.shape) == (1, side * side, width) and side > 0 and width % 4 == 0
-    if not square or not positions.is_floating_point():
-        raise CheckpointError(
-            f"{path}: pos_embed.pos_embed is {positions.dtype} {tuple(positions.shape)}, "
-            f"expected (1, side * side, {width})"
-        )
-    ours = sincos_positions(width, side, side, side)
-    error = (positions.float() - ours).abs().max().item()
-    if not error <= 1e-2:  # room for a table rounded to bf16; other positions differ by 1. "not <=" catches NaN
-        raise CheckpointError(f"{path}: pos_embed.pos_embed differs from DiT's sin-cos positions by {error:.3g}; "
-                              "a model with other positions is not supported")
-    return side * patch

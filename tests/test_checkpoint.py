@@ -21,12 +21,11 @@ from gmflow_core.checkpoint import (
     check_keys,
     convert,
     expected_shapes,
-    format_info,
-    identify,
     load_checkpoint,
     read_state,
     save_checkpoint,
 )
+from gmflow_core.describe import format_info, identify
 from gmflow_core.model import LatentSpace
 
 DATA = Path(__file__).parent / "data"
@@ -448,7 +447,10 @@ def test_training_file_variants(training):
         del state[key]
     torch.save(content, path)
     raw = read_state(path, heads=2)
-    assert raw.config.sample_size == 32 and raw.spectrum_state is None
+    assert raw.config.sample_size == 8 and raw.spectrum_state is None and raw.assumed is None
+    (path.parent / "config.json").unlink()
+    raw = read_state(path, heads=2)
+    assert raw.config.sample_size == 32 and raw.assumed.startswith("an image size of 32 assumed")
 
 
 def test_training_file_of_the_2d_model(tmp_path):
@@ -479,7 +481,7 @@ def test_training_file_faults(training):
     write(r"expected \(1, side", pos_embed__pos_embed=positions.long())
     write("unexpected: extra", extra=torch.zeros(1))
     write("extra is no plain tensor", extra=3)
-    write("extra is no plain tensor", extra=torch.zeros(2, 2).to_sparse())
+    write("tensors that are not plain .*sparse", extra=torch.zeros(2, 2).to_sparse())
     write("proj_out_1.bias holds NaN", proj_out_1__bias=torch.full((64,), float("nan")))
     state["diffusion_ema.spectrum_net.mlp.4.weight"] = torch.zeros(255, 4)
     write("255 outputs are not 4 square channels")
@@ -695,6 +697,7 @@ def test_identify(saved):
         "num_gaussians": 2, "num_classes": 3, "parameters": sum(p.numel() for p in GMDiT(TINY).parameters()),
         "spectrum_parameters": 171, "dtype": "float32", "class_names": list(NAMES),
         "latent_space": {"kind": "sd-vae", "scale": 0.5, "shift": 0.25}, "training": {"step": 7, "loss": [1.5, 0.5]},
+        "assumed": None,
     }
     assert GMDiTConfig(**info["config"]) == TINY and SpectrumConfig(**info["spectrum"]).base_size == (3, 4, 4)
 
@@ -715,3 +718,35 @@ def test_identify_does_not_read_the_weights(saved):
     state = load_file(saved)
     state["proj_out_1.bias"][0] = float("nan")
     assert identify(rewrite(saved, state=state))["num_classes"] == 3
+
+
+# ---- wrapped names -----------------------------------------------------------------------------
+
+def wrapped(state: dict, kind: str) -> dict:
+    """The names that savers and wrappers of that kind give."""
+    inside = kind in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+    return {kind + (re.sub(r"(transformer_blocks\.\d+\.)", r"\1" + kind, key) if inside else key): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("kind", [
+    "model.diffusion_model.", "diffusion_model.", "module.", "_orig_mod.", "transformer.", "_fsdp_wrapped_module.", "module._orig_mod.",
+    "_checkpoint_wrapped_module.",
+])
+def test_wrapped_names_are_the_same_model(tmp_path, saved, tiny, kind):
+    path = tmp_path / "a.safetensors"
+    save_file(wrapped(load_file(SMALL / "transformer" / WEIGHTS), kind), path)
+    shutil.copy(SMALL / "transformer" / "config.json", tmp_path)
+    assert_published_outputs(load_checkpoint(path).model)
+    save_file(wrapped(load_file(saved), kind), path, {"gmflow": json.dumps(metadata(saved))})
+    loaded = load_checkpoint(path)
+    assert_same_state(loaded.model, tiny.state_dict())
+    assert loaded.spectrum is not None and loaded.class_names == NAMES
+    content = torch.load(TRAINING, weights_only=True)
+    torch.save(content | {"state_dict": wrapped(content["state_dict"], kind)}, tmp_path / "b.pth")
+    assert load_checkpoint(tmp_path / "b.pth", heads=2).spectrum is not None
+
+
+def test_one_parameter_under_two_names(tmp_path, saved):
+    state = load_file(saved)
+    rewrite(saved, state=state | {"module.proj_out_1.bias": state["proj_out_1.bias"].clone()})
+    refused(saved, "module.proj_out_1.bias and proj_out_1.bias|proj_out_1.bias and module.proj_out_1.bias", "one parameter")

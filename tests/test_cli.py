@@ -92,12 +92,41 @@ def test_labels():
     assert parse_labels("Tabby Cat,3", 4, ("cat", "dog", "tabby cat", "owl")) == [2, 3]
     assert parse_labels("tench, Tinca tinca", 2, ("cat", "tench, Tinca tinca")) == [1]  # a name may hold commas
     assert parse_labels("cat\nowl", 3, ("cat", "dog", "owl")) == [0, 2]
-    assert parse_labels("1", 2, ("1", "0")) == [1]  # an index, although class 0 is called so
     for text, message in (
         ("4-2", "runs backwards"), ("10", "knows 0 to 9"), (" , ", "no label given"), ("kat", r"did you mean cat\?"),
     ):
         with pytest.raises(LabelError, match=message):
             parse_labels(text, 10, ("cat", *"bcdefghij"))
+
+
+NUMBERED = ("1", "10", "2")  # folders 1, 2, 10 in the order of their names
+
+
+@pytest.mark.parametrize("text, classes", [
+    ("0", [0]), ("#1", [1]), ('"1"', [0]), ('"10", #0', [1, 0]), ("10", [1]), ("0-2", [0, 1, 2]), ("#1-2", [1, 2]), ("#1-#2", [1, 2]),
+    ('"2"\n"10"', [2, 1]), ("2", [2]),  # name and index of one class
+])
+def test_classes_that_are_called_numbers(text, classes):
+    assert parse_labels(text, 3, NUMBERED) == classes
+
+
+def test_a_number_that_means_two_classes_is_refused():
+    with pytest.raises(LabelError, match="'1' is the name of class 0 and index 1: write \"1\" for the name, #1 for the other"):
+        parse_labels("1", 3, NUMBERED)
+    with pytest.raises(LabelError, match="'1' is the name of class 0"):
+        parse_labels("0-2, 1", 3, NUMBERED)
+    with pytest.raises(LabelError, match="'1-2' is the name of class 0 and indices 1 to 2: .* #1-#2"):
+        parse_labels("1-2", 3, ("1-2", "b", "c"))
+    assert parse_labels("'a', b", 2, ("'a'", "b")) == [0, 1] and parse_labels('"a, b", c', 2, ("c", "a, b")) == [1, 0]
+    digits = tuple(map(str, range(10)))
+    assert parse_labels("0, 7, 2-3", 10, digits) == [0, 7, 2, 3]  # every number is its own index: nothing to ask
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J" * 10**5, "9" * 10**5, " " * 10**6 + "x", "\n" * 10**6 + "x", '"' * 10**5])
+def test_labels_of_any_length_are_one_short_line(text):
+    with pytest.raises(LabelError) as caught:
+        parse_labels(text, 10, ("cat",))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
 BAD = [

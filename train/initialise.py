@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gmflow_core import GMDiTConfig, SpectrumConfig
 from gmflow_core.checkpoint import check_keys, read_state
-from gmflow_core.files import State, is_safetensors, read_json, read_pickle, read_safetensors
+from gmflow_core.files import State, is_safetensors, read_json, read_safetensors
+from gmflow_core.pickles import read_pickle
 
 from .config import TrainConfig
 from .console import say

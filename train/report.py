@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from gmflow_core.checkpoint import format_info, identify
+from gmflow_core.describe import format_info, identify
 from gmflow_core.files import write_atomically
 
 from .runlog import LOG

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..files import write_picture
 from ..pictures import FAINT, PAPER, TEXT, font, heat, text_width, to_uint8
 from .charts import PALETTE
 
@@ -148,4 +150,4 @@ def save_animation(pictures: Sequence, path, milliseconds: int = 700) -> None:
         palette.putpalette((exact + adaptive)[: 3 * 256])
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first, *rest = frames
-    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0, lossless=True)
+    write_picture(Path(path), first, save_all=True, append_images=rest, duration=milliseconds, loop=0, lossless=True)

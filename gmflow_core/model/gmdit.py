@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from ..mixture import GaussianMixture
 from .layers import DiTBlock, PatchEmbedding, TimestepLabelEmbedding, modulate, sdpa, sincos_positions
 
+MAX_TOKENS = 65_536  # 256 x 256 patches: a config that asks for more is a mistake, and would hold up a machine
+LOG_STD_LIMIT = 20   # exp(2 x 20) is still a float32
+
+
+def check_constant(log_std) -> None:
+    """ValueError unless a fixed log_std is absent or a number of that range."""
+    number = isinstance(log_std, (int, float)) and not isinstance(log_std, bool)
+    if log_std is not None and not (number and abs(log_std) <= LOG_STD_LIMIT):  # "not <=" catches NaN
+        raise ValueError(
+            f"constant_logstd must be null or a number in [-{LOG_STD_LIMIT}, {LOG_STD_LIMIT}], got {log_std!r:.100}"
+        )
+
 
 @dataclass(frozen=True)
 class GMDiTConfig:
@@ -31,12 +43,15 @@ class GMDiTConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "constant_logstd":
-                if value is not None and not isinstance(value, (int, float)):
-                    raise ValueError(f"constant_logstd must be a number or null, got {value!r}")
+                check_constant(value)
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name} must be a whole number >= 1, got {value!r}")
         if self.sample_size % self.patch_size:
             raise ValueError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
+        tokens = (self.sample_size // self.patch_size) ** 2
+        if tokens > MAX_TOKENS:
+            raise ValueError(f"sample_size {self.sample_size} in patches of {self.patch_size} makes {tokens} tokens, "
+                             f"at most {MAX_TOKENS}")
         if self.width % 4:
             raise ValueError(f"num_heads * head_dim must be a multiple of 4, got {self.width}")
 

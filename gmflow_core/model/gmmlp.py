@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mixture import GaussianMixture
-from .gmdit import pack_mixture, unpack_mixture
+from .gmdit import check_constant, pack_mixture, unpack_mixture
 from .layers import timestep_features
 
 FEATURES = 256
@@ -26,7 +26,9 @@ class GMMLPConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "constant_logstd" and (not isinstance(value, int) or value < 1):
+            if field.name == "constant_logstd":
+                check_constant(value)
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name} must be a whole number >= 1, got {value!r}")
 
     @property
