@@ -187,7 +187,7 @@ def test_numbers_of_the_readme_are_those_of_the_digits():
     for name in ("K = 8, GM-SDE 2", "K = 8, GM-ODE 2, 2 corrections", "K = 1, GM-SDE 2"):
         (short,) = (row for row in rows("README.md", name) if row[0] == name)
         (full,) = (row for row in rows("docs/digits.md", name) if row[0] == name)
-        fid = {n: cell.split(",")[0] for n, cell in zip(steps, full[1:])}
+        fid = {n: cell.split(",")[0] for n, cell in zip(steps, full[1:], strict=True)}
         assert short[1:] == [fid[n] for n in (1, 2, 4, 8, 32)]
     (best,) = rows("README.md", "vanilla flow matching")
     plain = [row for row in rows("docs/digits.md", "vanilla, ") if "CFG" not in row[0]]
@@ -208,7 +208,7 @@ def test_the_short_table_of_the_digits_is_the_long_one():
             solver = {"DDPM": "SDE-DPM++ 1 (DDPM)", "Euler": "Euler (DDIM)"}.get(key(row), key(row))
             guidance = re.search(r"(guidance|CFG) ([\d.]+)$", row[0])
             guidance = "none" if not guidance else guidance[0].replace("guidance", "probabilistic")
-            for steps, cell in zip("1 2 4 8 16 32".split(), row[1:]):
+            for steps, cell in zip("1 2 4 8 16 32".split(), row[1:], strict=True):
                 if cell != "-":
                     long = full[checkpoint, solver, guidance, steps]
                     assert cell == f"{long[4]}, {float(long[9].rstrip('%')):.0f} %", (row[0], steps)
