@@ -1,6 +1,6 @@
 """The checkpoint that comes with the project: what it is, and a small sample of its quality.
 
-The README's table is of 1,000 samples by ``python -m train.evaluate``; here 100, with bounds that leave
+docs/digits.md is of 1,000 samples by ``python -m train.evaluate``; here 100, with bounds that leave
 room for the sampling error of 100 images.
 """
 
