@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import check_finite
-from .convert import is_dit, recognise
+from .foreign import is_dit, recognise
 from .files import CheckpointError, State, is_safetensors, looks_like, one_line, read_head, read_safetensors
 from .model import pack_mixture
 
