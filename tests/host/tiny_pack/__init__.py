@@ -55,7 +55,7 @@ class StoredNoise:
 
 
 class TinyRecord:
-    """A SAMPLER that also saves x at every step, as a LATENT file would: x_src of the stored samples."""
+    """A SAMPLER that also saves x at every step and at the end, in the network's own scale."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -78,7 +78,7 @@ class TinyRecord:
                     callback(state)
 
             result = inner(model, x, sigmas, extra_args=extra_args, callback=record, disable=disable, **kwargs)
-            save_file({"x_src": torch.stack(seen), "sigmas": sigmas.cpu()}, path)
+            save_file({"x_src": torch.stack(seen), "sigmas": sigmas.cpu(), "final": result}, path)
             return result
 
         return (comfy.samplers.KSAMPLER(sample, sampler.extra_options, sampler.inpaint_options),)
