@@ -6,6 +6,9 @@ package. "Raw" time t in [0, 1] is the clock before the shift.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,25 +28,39 @@ def check_shift(shift: float) -> None:
         raise ValueError(f"shift must be > 0 (1 leaves time as it is), got {shift}")
 
 
-def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0) -> Tensor:
-    r"""The default grid, s_i = shift(1 - i/N): sigmas (steps + 1,) float32, falling to 0.
+def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step: float = 1.0) -> Tensor:
+    r"""The default grid, s_i = shift(1 - i/(N - 1 + f)), i < N, and s_N = 0: sigmas (steps + 1,) float32, falling to 0.
 
-    ``denoise`` < 1 keeps the last ``steps`` intervals of a grid of ``steps / denoise``, as
-    ComfyUI's schedulers do: sampling then starts from a partly noised image.
+    ``final_step`` f is the raw length of the last step over that of the others: 1 for GMFlow's uniform grid, 0.5
+    for text-to-image adapters (pi-Flow). ``denoise`` < 1 keeps the last ``steps`` intervals of a grid of
+    ``steps / denoise``, as ComfyUI's schedulers do: sampling then starts from a partly noised image.
     """
     if int(steps) != steps or steps < 1:
         raise ValueError(f"steps must be a whole number >= 1, got {steps}")
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise must be in (0, 1], got {denoise}")
+    if not 0 < final_step < math.inf:
+        raise ValueError(f"final_step must be > 0 (1 is a last step as long as the others), got {final_step}")
     check_shift(shift)
     total = max(int(steps), int(steps / denoise))
-    raw = torch.linspace(1, 0, total + 1, dtype=torch.float64)[-(int(steps) + 1) :]
-    return shift_time(raw, shift).float()
+    even = torch.linspace(1, 0, total + 1, dtype=torch.float64)                     # 1 - i/N
+    raw = even - (1 - even) * ((1 - final_step) / (total - 1 + final_step))         # 1 - i/(N - 1 + f)
+    raw[-1] = 0
+    return shift_time(raw[-(int(steps) + 1) :], shift).float()
 
 
 def default_substeps(steps: int) -> int:
     """ceil(128 / N): 4 at 32 steps and 16 at 8, as published."""
     return -(-128 // steps)
+
+
+def substeps_by_length(sigmas: Sequence[float], shift: float = 1.0, total: int = 128) -> list[int]:
+    r"""max(1, ceil(128 d)) for each step of raw length d: substeps of one length over the whole path (pi-Flow).
+
+    Sigmas in single precision leave d uncertain by about 1e-7, and no such error may add a substep.
+    """
+    raw = [unshift_time(float(sigma), shift) for sigma in sigmas]
+    return [max(1, math.ceil(total * (t - t_next) - 1e-3)) for t, t_next in zip(raw, raw[1:])]
 
 
 def substep_sigmas(sigma: float, sigma_next: float, substeps: int, shift: float = 1.0) -> list[float]:

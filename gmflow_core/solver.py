@@ -6,7 +6,7 @@ injected, history is a value. Shapes: B batch, C channels, ``*S`` space, ``*1`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,22 +135,23 @@ def sample_gm_ode(
     sigmas: Tensor,
     *,
     order: int = 2,
-    substeps: int = 1,
+    substeps: int | Sequence[int] = 1,
     shift: float = 1.0,
     second_order: SecondOrder = SecondOrder(),
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
 ) -> Tensor:
     r"""Solve the probability-flow ODE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
     Between network calls the posterior is re-anchored analytically at each of ``substeps``, uniform
-    in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (GMFlow, GM-ODE).
+    in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (GMFlow, GM-ODE). ``substeps`` and
+    ``temperature`` (see :meth:`GaussianMixture.temperature`) are one number, or one for each network step.
     """
 
-    def advance(x: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
-        grid = substep_sigmas(sigma, sigma_next, substeps, shift)
-        later = Reanchoring(posterior, x, sigma, grid[1:-1]) if substeps > 1 else None
+    def advance(x: Tensor, posterior: Mixture, target: Gaussian, step: int, sigma: float, sigma_next: float) -> Tensor:
+        grid = substep_sigmas(sigma, sigma_next, counts[step], shift)
+        later = Reanchoring(posterior, x, sigma, grid[1:-1]) if len(grid) > 2 else None
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
             x_0 = later.mean(i - 1, x) if i else posterior.mean()
             x = torch.lerp(x_0, x, s_next / s)  # = x + (x - x_0)/s (s_next - s)
@@ -158,8 +159,10 @@ def sample_gm_ode(
                 x = inpaint(x, s_next)
         return x
 
-    if int(substeps) != substeps or substeps < 1:
-        raise ValueError(f"substeps must be a whole number >= 1, got {substeps}")
+    counts = per_step("substeps", substeps, len(sigmas) - 1)
+    for count in counts:
+        if int(count) != count or count < 1:
+            raise ValueError(f"substeps must be a whole number >= 1, got {count}")
     check_shift(shift)
     return _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callback, advance)
 
@@ -173,7 +176,7 @@ def sample_gm_sde(
     spectrum: Spectrum | None = None,
     noise_sampler: NoiseSampler | None = None,
     second_order: SecondOrder = SecondOrder(),
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
 ) -> Tensor:
@@ -181,12 +184,13 @@ def sample_gm_sde(
 
     Each step draws x0_hat from the posterior and x_next from q(x_next | x, x0_hat) (GMFlow, GM-SDE).
     ``noise_sampler`` is called exactly twice a step, first for x0_hat, then for the transition; the
-    default draws from torch's global generator. ``spectrum`` colours the first draw.
+    default draws from torch's global generator. ``spectrum`` colours the first draw. ``temperature``: as in
+    :func:`sample_gm_ode`.
     """
     if noise_sampler is None:
         noise_sampler = lambda sigma, sigma_next: torch.randn_like(x)  # noqa: E731
 
-    def advance(x: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
+    def advance(x: Tensor, posterior: Mixture, target: Gaussian, step: int, sigma: float, sigma_next: float) -> Tensor:
         z = noise_sampler(sigma, sigma_next)
         if spectrum is not None:
             z = color_noise(z, spectrum(target))
@@ -202,6 +206,7 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
     grid = check_sigmas(sigmas)
+    temperatures = per_step("temperature", temperature, len(grid) - 1)
     history = None
     if inpaint is not None:
         x = inpaint(x, grid[0])
@@ -209,12 +214,21 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
         step = sigma - sigma_next
         guided = denoiser(x, sigma)
         posterior, target = correct(guided, x, sigma, step, history, second_order)
-        posterior = posterior.temperature(temperature)
+        posterior = posterior.temperature(temperatures[i])
         if callback is not None:
             callback(StepInfo(i, len(grid) - 1, sigma, sigma_next, x, guided, posterior))
         history = SolverHistory(guided.posterior, x, sigma, step) if order == 2 else None
-        x = advance(x, posterior, target, sigma, sigma_next)
+        x = advance(x, posterior, target, i, sigma, sigma_next)
     return x
+
+
+def per_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[float]:
+    """One number a step of a number for all of them, or the sequence itself; ValueError if it has another length."""
+    if not isinstance(value, Sequence):
+        return [value] * steps
+    if len(value) != steps:
+        raise ValueError(f"{name} must be one number or one for each of the {steps} steps, got {len(value)}")
+    return value
 
 
 def check_sigmas(sigmas: Tensor) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from comfy_api.latest import ComfyExtension, io
 
 from . import host
+from .adapting import GMFlowApplyAdapter
 from .conditioning import GMFlowClassConditioning, GMFlowImageNetClass
 from .inspecting import GMFlowInspector
 from .loading import GMFlowEmptyLatent, GMFlowLoader
@@ -21,7 +22,7 @@ from .sampling import (
 
 NODES: list[type[io.ComfyNode]] = [
     GMFlowLoader, GMFlowEmptyLatent, GMFlowClassConditioning, GMFlowImageNetClass, GMFlowScheduler, GMFlowGuider,
-    SamplerGMFlowODE, SamplerGMFlowSDE, GMFlowKSampler, GMFlowSamplerCustom, GMFlowInspector,
+    SamplerGMFlowODE, SamplerGMFlowSDE, GMFlowKSampler, GMFlowSamplerCustom, GMFlowInspector, GMFlowApplyAdapter,
 ]
 
 

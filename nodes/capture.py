@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..gmflow_core import GaussianMixture, Guided, Mixture, unguided, velocity_to_posterior
 from ..gmflow_core.model import unpack_mixture
+from .adapter_info import AdapterInfo
 from .model_info import ModelInfo
 
 CAPTURE = "gmflow_capture"   # in transformer_options
@@ -48,7 +49,7 @@ def with_capture(model_options: dict, capture: Capture) -> dict:
     return model_options | {"transformer_options": model_options.get("transformer_options", {}) | {CAPTURE: capture}}
 
 
-def gather(capture: Capture, conds: list[dict], info: ModelInfo, x, sigma: float, role: str):
+def gather(capture: Capture, conds: list[dict], info: ModelInfo | AdapterInfo, x, sigma: float, role: str):
     """The x_0 posterior of one role's conditionings, several of them pooled by strength; ValueError if there is none."""
     found = [cond for cond in conds if cond["uuid"] in capture.packed]
     if not found:
@@ -62,7 +63,7 @@ def gather(capture: Capture, conds: list[dict], info: ModelInfo, x, sigma: float
             "or use a core guider with a core sampler"
         )
     packed = [capture.packed[cond["uuid"]].to(x.device) for cond in found]
-    velocities = [unpack_mixture(output, info.config.num_gaussians) for output in packed]
+    velocities = [unpack_mixture(output, info.components) for output in packed]
     posteriors = [velocity_to_posterior(velocity, x, sigma) for velocity in velocities]
     return pool(posteriors, [cond.get("strength", 1.0) for cond in found])
 

@@ -35,7 +35,7 @@ class GMFlowClassConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, labels) -> io.NodeOutput:
-        info = host.require_gmflow(model)
+        info = host.require_classes(model, "CLIP Text Encode")
         names = info.class_names
         if names is None and info.config.num_classes == len(IMAGENET):
             names = IMAGENET

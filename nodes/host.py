@@ -8,6 +8,7 @@ samplers and the GM guider read it there; everything else in ComfyUI sees a flow
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,10 +35,11 @@ from ..gmflow_core.checkpoint import build_network, read_state
 from ..gmflow_core.files import CheckpointError
 from ..gmflow_core.model import LatentSpace
 from ..gmflow_core.sampler import SamplerOptions
+from .adapter_info import ATTACHMENT, AdapterInfo, check_adapter_vae
 from .capture import CAPTURE, Capture, gather, guided_by_mean, hand_over, moved, with_capture
 from .guidance import Guidance
 from .model_info import CLASSES, LABELS, ModelInfo, check_latent, check_vae, null_conditioning, read_labels
-from .solving import check_sigmas, sample_gm
+from .solving import check_sigmas, info_of, sample_gm
 
 FOLDER = "diffusion_models"
 WEIGHT_DTYPES = {
@@ -167,20 +169,23 @@ def intermediate_device():
 
 
 def decoder(model, vae=None):
-    """x_0 (N,C,H,W) in the network's space to RGB in [-1, 1]: by a VAE, as pixels, or in the previews' rough colours.
+    """x_0 (N,C,H,W) in the mixture's space to RGB in [-1, 1]: by a VAE, as pixels, or in the previews' rough colours.
 
     ValueError for a VAE of another space.
     """
-    space = model.model.latent_format
+    space, info = model.model.latent_format, require_gmflow(model)
     if vae is not None:
-        check_vae(model.model.gmflow, vae)
+        (check_adapter_vae if isinstance(info, AdapterInfo) else check_vae)(info, vae)
 
     def decode(x):
         if vae is not None:
-            return vae.decode(space.process_out(x)).movedim(-1, 1) * 2 - 1
+            pictures = vae.decode(space.process_out(info.leave(x)))
+            return pictures.reshape(-1, *pictures.shape[-3:]).movedim(-1, 1) * 2 - 1
         if isinstance(space, PixelLatent) or space.latent_rgb_factors is None:
             return x
-        return torch.einsum("nchw,cr->nrhw", x, torch.tensor(space.latent_rgb_factors))
+        rough = torch.einsum("nchw,cr->nrhw", x, x.new_tensor(space.latent_rgb_factors))
+        bias = getattr(space, "latent_rgb_factors_bias", None)
+        return rough if bias is None else rough + x.new_tensor(bias).reshape(3, 1, 1)
 
     return decode
 
@@ -251,12 +256,24 @@ def _numbered(prefix: str, suffix: str, folder: str) -> Path:
     return path
 
 
-def require_gmflow(model, name: str = "model") -> ModelInfo:
-    """The ModelInfo of a MODEL; ValueError if it is of another kind."""
+def require_gmflow(model, name: str = "model") -> ModelInfo | AdapterInfo:
+    """What a MODEL that predicts mixtures is; ValueError if it is of another kind."""
+    attached = getattr(model, "get_attachment", lambda key: None)(ATTACHMENT)
+    if attached is not None:
+        return attached
     inner = getattr(model, "model", None)
     if not isinstance(inner, GMFlowModel):
-        raise ValueError(f"{name}: this is a {type(inner).__name__} model, not a GMFlow one; load one with GMFlow Loader")
+        raise ValueError(f"{name}: this is a {type(inner).__name__} model, not a GMFlow one; load one with GMFlow Loader, "
+                         "or give FLUX.1, FLUX.2 or Qwen-Image an adapter with GMFlow Apply Adapter")
     return inner.gmflow
+
+
+def require_classes(model, instead: str) -> ModelInfo:
+    """The ModelInfo of a MODEL that paints classes; ValueError for any other, which names the node to use ``instead``."""
+    info = require_gmflow(model)
+    if isinstance(info, AdapterInfo):
+        raise ValueError(f"model: this is {info.family.name} with an adapter, which paints texts; use {instead} instead")
+    return info
 
 
 # ---- guidance ----------------------------------------------------------------------------------
@@ -272,26 +289,36 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
         conds, capture = [self.conds[role] for role in roles], Capture()
         options = with_capture(model_options, capture)
         means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        posteriors = [gather(capture, cond, self.inner_model.gmflow, x, sigma, role) for cond, role in zip(conds, roles)]
+        info = info_of(self)
+        at = info.enter(x)
+        posteriors = [gather(capture, cond, info, at, sigma, role) for cond, role in zip(conds, roles)]
         guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(posteriors[0], posteriors[0].mean())
-        mean = guided.posterior.mean()
+        mean = info.leave(guided.posterior.mean())
         if model_options.get("sampler_post_cfg_function"):  # patches of other nodes (PAG, rescale) see and change the mean
             options = model_options | {"sampler_cfg_function": lambda args: x - mean}
             patched = comfy.samplers.cfg_function(
                 self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0], uncond=conds[-1]
             )
-            guided, mean = replace(guided, posterior=moved(guided.posterior, patched)), patched
+            guided, mean = replace(guided, posterior=moved(guided.posterior, info.enter(patched))), patched
         if sink is not None:
             sink.guided = guided
         return mean
 
 
 def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
-    """A GUIDER of a GMFlow model; ``negative`` None is the null label."""
+    """A GUIDER of a GMFlow model; ``negative`` None is the null label, or no guidance for a model of texts, which has none."""
     info = require_gmflow(model)
     guider = GMFlowGuider(model)
-    guider.set_conds(positive, null_conditioning(info.config) if negative is None else negative)
     guider.guidance = guidance
+    if negative is not None:
+        guider.set_conds(positive, negative)
+    elif isinstance(info, ModelInfo):
+        guider.set_conds(positive, null_conditioning(info.config))
+    else:
+        if guidance.acts_at(guidance.interval[0]):
+            logging.warning(f"GMFlow: no negative is connected, and {info.family.name} has no null label: sampling without guidance")
+        guider.inner_set_conds({"positive": positive})
+        guider.guidance = replace(guidance, scale=0.0, cfg_scale=1.0)
     return guider
 
 

@@ -60,6 +60,6 @@ class GMFlowEmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, batch_size) -> io.NodeOutput:
-        config = host.require_gmflow(model).config
+        config = host.require_classes(model, "EmptySD3LatentImage (FLUX.2: EmptyFlux2LatentImage)").config
         size = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         return io.NodeOutput({"samples": torch.zeros(size, device=host.intermediate_device())})

@@ -23,6 +23,23 @@ class ModelInfo:
     class_names: tuple[str, ...] | None
     latent_space: LatentSpace
     spectrum: SpectrumMLP | None  # on the CPU in float32; no part of the module tree, it is tiny
+    steps: int = 8                # as recommended
+    final_step: float = 1.0       # the last step's raw length over that of the others
+    recipe: str = "gmflow"        # of substeps and temperature
+
+    @property
+    def components(self) -> int:
+        return self.config.num_gaussians
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A latent of the host in the space of the mixture: itself."""
+        return x
+
+    leave = enter
+
+    def time_shift(self, network) -> float:
+        """The time shift of the host's network: its own, or that of a ModelSampling patch."""
+        return network.time_shift()
 
 
 def check_latent(info: ModelInfo, noise, latent) -> None:

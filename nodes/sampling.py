@@ -12,16 +12,22 @@ from .guidance import METHODS, Guidance
 from .schema import GMTrace, advanced, schema, seed
 from .trace_source import TraceSource
 
-MODEL = "A model from GMFlow Loader."
-STEPS = "Network evaluations (twice as many with guidance). 4 to 8 are good, 1 works, 32 is plenty."
+MODEL = "A model from GMFlow Loader, or one with an adapter from GMFlow Apply Adapter."
+STEPS = ("Network evaluations (twice as many with guidance). 4 to 8 are good, 1 works, 32 is plenty. 0 takes what the model "
+         "recommends: 8, an adapter what its file's name says, else 4.")
+FINAL_STEP = ("Length of the last step over that of the others, in unshifted time. 0 is the model's own: 1, as published, and 0.5 "
+              "for adapters.")
 GUIDANCE = ("Probabilistic guidance scale, 0 to below 1; 0 is none. Not a CFG scale: 0.45 is the published default, 0.3 suits the "
             "digits, 0.02 to 0.75 are good.")
 ORTHOGONAL = "How far guidance is kept from simply brightening or contrasting the image: 1 removes that part, 0 leaves it."
-SUBSTEPS = "GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, rounded up, as published."
+SUBSTEPS = ("GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, rounded up, as published; "
+            "with adapters 128 over all steps, by their lengths.")
 SHIFT = "Time shift, times the model's own. Above 1 spends more steps at high noise; 1 is right for the published model."
 ORDER = "2 also uses the previous network evaluation: better with few steps. 1 is the plain solver."
 DENOISE = "1 paints from pure noise; below 1 starts from a partly noised input image and keeps more of it."
-TEMPERATURE = "Below 1 sharpens the mixture (less variety), above 1 flattens it. 1 is the model as trained."
+TEMPERATURE = ("Below 1 sharpens the mixture (less variety), above 1 flattens it. 1 is the model as trained. 0 is the model's own: 1, and for "
+               "adapters 0.1 (steps - 1), at most 1. Adapters take none in the last step.")
+NEGATIVE = "What to be guided away from. Left open: the null label, as trained; models with an adapter have none, and are not guided then."
 TRACE = ("What the mixture believed at every step, for GMFlow Inspector. Recorded only if something asks for it: of the first four "
          "images, in main memory, up to 6 K (C + 1) H W bytes an image and step (the digits 0.2 MB a step, 64 x 64 x 4 with K 8 4 MB).")
 
@@ -51,11 +57,21 @@ def order_input():
 
 
 def temperature_input():
-    return advanced(io.Float.Input("temperature", default=1.0, min=0.05, max=4.0, step=0.05, round=False, tooltip=TEMPERATURE))
+    return advanced(io.Float.Input("temperature", default=1.0, min=0.0, max=4.0, step=0.05, round=False, tooltip=TEMPERATURE))
 
 
 def shift_input():
     return advanced(io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.05, round=False, tooltip=SHIFT))
+
+
+def final_step_input():
+    return advanced(io.Float.Input("final_step", default=0.0, min=0.0, max=10.0, step=0.05, round=False, optional=True, tooltip=FINAL_STEP))
+
+
+def sigmas_of(model, steps: int, shift: float, denoise: float, final_step: float):
+    """The grid of noise levels of a model; 0 steps and a final step of 0 are its own."""
+    info = host.require_gmflow(model)
+    return flow_sigmas(steps or info.steps, shift * host.model_shift(model), denoise, final_step or info.final_step)
 
 
 def substeps_input():
@@ -78,18 +94,18 @@ class GMFlowScheduler(io.ComfyNode):
             "The published grid: noise levels that fall evenly in raw time from 1 to 0, then shifted.",
             [
                 io.Model.Input("model", tooltip=MODEL + " Its own time shift is part of the grid."),
-                io.Int.Input("steps", default=8, min=1, max=10_000, tooltip=STEPS),
+                io.Int.Input("steps", default=8, min=0, max=10_000, tooltip=STEPS),
                 shift_input(),
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
+                final_step_input(),
             ],
             [io.Sigmas.Output(tooltip="steps + 1 noise levels.")],
             search_aliases=["gmflow", "sigmas", "scheduler", "flow schedule", "shift"],
         )
 
     @classmethod
-    def execute(cls, model, steps, shift, denoise) -> io.NodeOutput:
-        host.require_gmflow(model)
-        return io.NodeOutput(flow_sigmas(steps, shift * host.model_shift(model), denoise))
+    def execute(cls, model, steps, shift, denoise, final_step=0.0) -> io.NodeOutput:
+        return io.NodeOutput(sigmas_of(model, steps, shift, denoise, final_step))
 
 
 class GMFlowGuider(io.ComfyNode):
@@ -101,7 +117,7 @@ class GMFlowGuider(io.ComfyNode):
             "Works with GM samplers and with every core sampler.",
             [
                 io.Model.Input("model", tooltip=MODEL),
-                io.Conditioning.Input("positive", tooltip="The classes to paint."),
+                io.Conditioning.Input("positive", tooltip="The classes to paint, or the text for a model with an adapter."),
                 guidance_input(),
                 orthogonal_input(),
                 advanced(io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
@@ -112,8 +128,7 @@ class GMFlowGuider(io.ComfyNode):
                                         tooltip="vanilla CFG shifts every component instead, for comparison; it uses cfg_scale.")),
                 advanced(io.Float.Input("cfg_scale", default=4.0, min=1.0, max=100.0, step=0.1, round=False,
                                         tooltip="Only for vanilla CFG: its scale, 1 is none.")),
-                io.Conditioning.Input("negative", optional=True,
-                                      tooltip="What to be guided away from. Left open: the null label, as trained."),
+                io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
             ],
             [io.Guider.Output(tooltip="For every node that takes a GUIDER.")],
             search_aliases=["gmflow", "probabilistic guidance", "guider", "cfg"],
@@ -183,10 +198,10 @@ class GMFlowKSampler(io.ComfyNode):
             "Schedule, probabilistic guidance and a GM solver in one node.",
             [
                 io.Model.Input("model", tooltip=MODEL),
-                io.Conditioning.Input("positive", tooltip="The classes to paint."),
+                io.Conditioning.Input("positive", tooltip="The classes to paint, or the text for a model with an adapter."),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or an image to change with denoise below 1. A noise mask is kept exactly."),
                 seed("Decides the initial noise, the same as the core KSampler's, and GM-SDE's step noise."),
-                io.Int.Input("steps", default=8, min=1, max=10_000, tooltip=STEPS),
+                io.Int.Input("steps", default=8, min=0, max=10_000, tooltip=STEPS),
                 io.Combo.Input("solver", options=list(SOLVERS.values()), default=SOLVERS["gm-ode"],
                                tooltip="GM-ODE is deterministic, GM-SDE stochastic with spectral noise."),
                 guidance_input(),
@@ -195,8 +210,8 @@ class GMFlowKSampler(io.ComfyNode):
                 advanced(order_input()),
                 orthogonal_input(),
                 shift_input(),
-                io.Conditioning.Input("negative", optional=True,
-                                      tooltip="What to be guided away from. Left open: the null label, as trained."),
+                io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
+                final_step_input(),
             ],
             [io.Latent.Output(display_name="latent", tooltip="The images, to decode."), GMTrace.Output(display_name="trace", tooltip=TRACE)],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -205,11 +220,10 @@ class GMFlowKSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order, orthogonal, shift,
-                negative=None) -> io.NodeOutput:
-        host.require_gmflow(model)
-        sigmas = flow_sigmas(steps, shift * host.model_shift(model), denoise)
+                negative=None, final_step=0.0) -> io.NodeOutput:
+        sigmas = sigmas_of(model, steps, shift, denoise, final_step)
         guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
-        sampler = host.make_sampler(SamplerOptions(solver_named(solver), order, substeps, shift=shift))
+        sampler = host.make_sampler(SamplerOptions(solver_named(solver), order, substeps, temperature=0.0, shift=shift))
         noise = host.SeedNoise(seed)
         source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), model)
         latent, _ = source.sample(cls.hidden, slot=1)

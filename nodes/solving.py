@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..gmflow_core import Guided, Inpaint, SpectrumMLP
 from ..gmflow_core.noise import ImageNoise
 from ..gmflow_core.sampler import SamplerOptions, sample
+from .adapter_info import ATTACHMENT, AdapterInfo
 from .capture import Capture, gather, guided_by_mean, with_capture
 from .model_info import ModelInfo
 
@@ -26,7 +27,14 @@ def clean_sigmas(sigmas) -> torch.Tensor:
     return torch.unique_consecutive(sigmas)
 
 
-def make_inpaint(model, extra_args: dict, sigmas):
+def info_of(guider) -> ModelInfo | AdapterInfo | None:
+    """What a guider's model is, if it predicts mixtures: an adapter is attached to the MODEL, a GM-DiT knows itself."""
+    patcher = getattr(guider, "model_patcher", None)
+    info = None if patcher is None else patcher.get_attachment(ATTACHMENT)
+    return info or getattr(getattr(guider, "inner_model", None), "gmflow", None)
+
+
+def make_inpaint(model, info: ModelInfo | AdapterInfo, extra_args: dict, sigmas):
     """``inpaint(x, sigma)`` for a noise mask, or None. The mask may depend on sigma (Differential Diffusion)."""
     mask = extra_args.get("denoise_mask")
     if mask is None:
@@ -39,7 +47,8 @@ def make_inpaint(model, extra_args: dict, sigmas):
         at = mask if function is None else function(
             x.new_full((len(x),), last[0]), mask, extra_options={"model": model.inner_model, "sigmas": sigmas}
         )
-        return Inpaint(at, model.latent_image, model.noise)(x, sigma)
+        at, x_0, noise = (info.enter(t) for t in (at.expand_as(model.noise), model.latent_image, model.noise))
+        return Inpaint(at, x_0, noise)(x, sigma)
 
     return inpaint
 
@@ -57,18 +66,17 @@ def check_sigmas(sigmas) -> int:
 def sample_gm(
     model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions, batch_index=None, recorder=None
 ) -> Tensor:
-    """GM-ODE or GM-SDE as ComfyUI calls a sampler: x (B,C,H,W) at sigmas[0] to x at sigmas[-1].
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler: the host's latent x at sigmas[0] to x at sigmas[-1].
 
-    ``model`` is the host's wrapper of a guider. ``batch_index`` (B,) names the images for the step noise;
+    Everything here but the host's own calls lives in the space of the mixture, (B,C,H,W). ``model`` is the host's wrapper of a guider. ``batch_index`` (B,) names the images for the step noise;
     ``recorder`` sees every step, see :class:`gmflow_core.trace.Recorder`.
     """
     guider, extra_args = model.inner_model, extra_args or {}
-    network = getattr(guider, "inner_model", None)
-    info = getattr(network, "gmflow", None)
-    if not isinstance(info, ModelInfo):
+    network, info = getattr(guider, "inner_model", None), info_of(guider)
+    if not isinstance(info, (ModelInfo, AdapterInfo)):
         raise ValueError(
             f"sampler: GM samplers need a GMFlow model, and the guider samples a {type(network).__name__}; "
-            "load one with GMFlow Loader or choose a core sampler"
+            "load one with GMFlow Loader, make one with GMFlow Apply Adapter, or choose a core sampler"
         )
     model_options, seed = extra_args.get("model_options", {}), extra_args.get("seed") or 0
     grid = clean_sigmas(sigmas)
@@ -76,34 +84,35 @@ def sample_gm(
     bar = tqdm(total=steps, disable=disable)
 
     def denoiser(x, sigma: float) -> Guided:
-        capture = Capture()
-        mean = guider(x, x.new_full((len(x),), sigma), model_options=with_capture(model_options, capture), seed=seed)
+        capture, sigmas = Capture(), x.new_full((len(x),), sigma)
+        mean = info.enter(guider(info.leave(x), sigmas, model_options=with_capture(model_options, capture), seed=seed))
         if capture.guided is not None:
             return capture.guided
         conds = getattr(guider, "conds", {})
         positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
         return guided_by_mean(gather(capture, positive, info, x, sigma, "positive"), mean)
 
-    def report(info) -> None:
+    def report(step) -> None:
         if recorder is not None:
-            recorder(info)
+            recorder(step)
         bar.update()
         if callback is not None:  # preview, progress and cancel hang on it
-            state = {"i": info.index, "x": info.x, "denoised": info.denoised}
-            callback(state | {"sigma": info.sigma, "sigma_hat": info.sigma})
+            state = {"i": step.index, "x": info.leave(step.x), "denoised": info.leave(step.denoised)}
+            callback(state | {"sigma": step.sigma, "sigma_hat": step.sigma})
 
+    x = info.enter(x)
     # Another stream than the initial noise, which comes from the seed itself.
     noise = ImageNoise(seed + 1, range(len(x)) if batch_index is None else batch_index, tuple(x.shape[1:]), x.device)
     spectrum = spectrum_for(options, info, x)
-    options = replace(options, shift=options.shift * network.time_shift())
+    options = replace(options, shift=options.shift * info.time_shift(network), recipe=info.recipe)
     with bar:
-        return sample(
+        return info.leave(sample(
             denoiser, x, grid, options, spectrum=spectrum, noise_sampler=noise,
-            inpaint=make_inpaint(model, extra_args, sigmas), callback=report,
-        )
+            inpaint=make_inpaint(model, info, extra_args, sigmas), callback=report,
+        ))
 
 
-def spectrum_for(options: SamplerOptions, info: ModelInfo, x) -> SpectrumMLP | None:
+def spectrum_for(options: SamplerOptions, info: ModelInfo | AdapterInfo, x) -> SpectrumMLP | None:
     """The spectrum network that a sampler uses, on x's device; ValueError for a latent larger than it knows."""
     if options.solver != "gm-sde" or not options.spectral or info.spectrum is None:
         return None

@@ -144,15 +144,17 @@ class Result:
 class Host:
     """A running server with the pack in it. Start it with :meth:`start`, stop it with :meth:`stop`."""
 
-    def __init__(self, checkout: Path, base: Path, options: tuple[str, ...] = ()):
-        self.checkout, self.base, self.options = checkout, base, options
+    def __init__(self, checkout: Path, base: Path, options: tuple[str, ...] = (), packs: tuple[Path, ...] = (), **env: str):
+        """``packs``: folders of further custom nodes; ``env``: of the server's process."""
+        self.checkout, self.base, self.options, self.env = checkout, base, options, env
         self.version, self.python = version(checkout), interpreter(checkout)
         self.log_path = base / "server.log"
         self.models = base / "models" / "diffusion_models"
         self.counter = count()
         for name in ("custom_nodes", "input", "output", "temp", "user", "models/diffusion_models", "models/loras"):
             (base / name).mkdir(parents=True)
-        (base / "custom_nodes" / "gmflow-nodes").symlink_to(ROOT, target_is_directory=True)
+        for name, folder in [("gmflow-nodes", ROOT), *((pack.name, pack) for pack in packs)]:
+            (base / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
 
     def start(self) -> None:
         with socket.socket() as probe:
@@ -165,7 +167,7 @@ class Host:
         ]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.checkout, env=clean_env(), stdout=log, stderr=subprocess.STDOUT,
+                command, cwd=self.checkout, env=clean_env() | self.env, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True
             )
         deadline = time.monotonic() + START_LIMIT
@@ -273,7 +275,7 @@ class Host:
 
     def python_inside(self, script: Path, *arguments: str) -> str:
         """Run a script with the checkout as its folder and first import path; its standard output."""
-        env = clean_env() | {"PYTHONPATH": str(self.checkout)}
+        env = clean_env() | self.env | {"PYTHONPATH": str(self.checkout)}
         done = subprocess.run(
             [self.python, str(script), *arguments], cwd=self.checkout, env=env, capture_output=True,
             text=True, timeout=240

@@ -1,0 +1,287 @@
+"""The border to ComfyUI for text-to-image adapters: a stock MODEL becomes one that predicts mixtures.
+
+Nothing of the base is touched. On a clone of the MODEL two leaf layers are object patches, the adapter's LoRA goes
+in as weight patches, and a wrapper of the model's calls hands the mixture to whoever captures it. Without a capture
+the network gives the mixture's mean: an ordinary flow model.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+
+import comfy.model_base
+import comfy.model_sampling
+import comfy.weight_adapter
+import folder_paths
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor
+
+from ..gmflow_core.adapter import PATCH, SHIFT, Adapter, Linear, MixtureHeads, load_adapter, mean_tokens, pack_tokens
+from ..gmflow_core.files import CheckpointError
+from .adapter_info import ATTACHMENT, SEAMS, AdapterInfo, Seam, host_module, rows_and_columns
+from .capture import CAPTURE, hand_over
+from .host import shift_of
+
+FOLDER = "loras"
+NETWORK = "diffusion_model."
+UNREACHABLE = {"nunchaku": "a Nunchaku model has", "trt": "a TensorRT engine has", "tensorrt": "a TensorRT engine has"}
+log = logging.getLogger(__name__)
+
+
+# ---- the two layers ----------------------------------------------------------------------------
+
+class Sink:
+    """What the two layers saw in one call of the network."""
+
+    tokens: tuple[Tensor, Tensor] | None = None   # means and log weights of the tokens
+    log_std: Tensor | None = None                 # (B,)
+
+
+SINK: ContextVar[Sink | None] = ContextVar("gmflow_sink", default=None)
+
+
+class Tensors:
+    """The adapter's own tensors, in float32 on the devices that asked for them."""
+
+    def __init__(self, heads: MixtureHeads, modulation: Linear):
+        self._stored, self._copies = (heads, modulation), {}
+
+    def on(self, device: torch.device) -> tuple[MixtureHeads, Linear]:
+        if device not in self._copies:
+            heads, modulation = self._stored
+            self._copies[device] = heads.to(device, torch.float32), modulation.to(device, torch.float32)
+        return self._copies[device]
+
+    def release(self, *_args) -> None:
+        """Give the copies back; the next use makes new ones."""
+        self._copies = {}
+
+
+class Replacement(torch.nn.Module):
+    """A stand-in for a layer of the base, without a tensor of its own.
+
+    ComfyUI loads, moves, offloads, backs up and restores tensors by their names. To all that this is the base's layer:
+    its keys, its ``weight`` and ``bias``; the adapter's tensors are invisible and cannot land in the base.
+    """
+
+    def __init__(self, base: torch.nn.Module, tensors: Tensors):
+        super().__init__()
+        self.__dict__.update(base=base, tensors=tensors)
+
+    def __getattr__(self, name: str):
+        if name.removeprefix("set_").removeprefix("convert_") in ("weight", "bias"):
+            return getattr(self.base, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("weight", "bias"):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def state_dict(self, *args, **kwargs):
+        return self.base.state_dict(*args, **kwargs)
+
+
+class AdapterModulation(Replacement):
+    """The adapter's last modulation. It sees silu(vec), which the heads' deviation is a function of too."""
+
+    @torch.compiler.disable  # what a compiled network hands out must be this call's
+    def forward(self, activation: Tensor) -> Tensor:
+        heads, modulation = self.tensors.on(activation.device)
+        sink, values = SINK.get(), activation.float()
+        if sink is not None:
+            # With reference latents at time zero there are two vectors, the first one of the real time.
+            sink.log_std = heads.log_std(values.reshape(len(values), -1, values.shape[-1])[:, 0])
+        return modulation(values).to(activation.dtype)
+
+
+class AdapterHead(Replacement):
+    """The mixture's mean (B,L,C p p) of the modulated hidden state (B,L,D), in float32."""
+
+    @torch.compiler.disable
+    def forward(self, hidden: Tensor) -> Tensor:
+        heads, _ = self.tensors.on(hidden.device)
+        tokens, sink = heads.tokens(hidden.float()), SINK.get()
+        if sink is not None:
+            sink.tokens = tokens
+        return mean_tokens(*tokens)
+
+
+def modulation_for(adapter: Adapter) -> Linear:
+    """The adapter's modulation in the base's order: Qwen-Image's is that of the file, FLUX's the other way round."""
+    if adapter.family.scale_first:
+        return adapter.modulation
+    turned = [None if t is None else torch.cat(t.chunk(2)[::-1]) for t in (adapter.modulation.weight, adapter.modulation.bias)]
+    return Linear(*turned)
+
+
+class AdapterSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The adapter's clock: sigma itself, and its own shift.
+
+    Its table is no buffer: ComfyUI with dynamic VRAM puts buffers back by name after it has exchanged the patches, and
+    would write the base's table into this one. Such a write goes on to the base.
+    """
+
+    def __init__(self, base: torch.nn.Module):
+        torch.nn.Module.__init__(self)
+        self.set_parameters(shift=SHIFT, multiplier=1.0)
+        self.__dict__["base"] = base
+        self.noise_scale = 1.0
+
+    def register_buffer(self, name: str, tensor, persistent: bool = True) -> None:
+        if "base" in self.__dict__:
+            self.base.register_buffer(name, tensor, persistent=persistent)
+        else:
+            self.__dict__[name] = tensor
+
+
+# ---- the calls of the model ---------------------------------------------------------------------
+
+def capture_mixture(info: AdapterInfo):
+    """An APPLY_MODEL wrapper that hands the mixture over, packed, to the capture of the call's transformer_options."""
+
+    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        if transformer_options.get(CAPTURE) is None:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        sink = Sink()
+        token = SINK.set(sink)
+        try:
+            denoised = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        finally:
+            SINK.reset(token)
+        if sink.tokens is not None and sink.log_std is not None:  # else a patch skipped the network: gather() names it
+            height, width = x.shape[-2:]
+            rows, columns = rows_and_columns(info.family, height, width)
+            means, log_weights = (t[:, : rows * columns] for t in sink.tokens)
+            packed = pack_tokens(means, log_weights, sink.log_std, rows, columns)
+            hand_over(packed if info.family.packed else packed[..., :height, :width], transformer_options)
+        return denoised
+
+    return wrapper
+
+
+def supply_guidance(info: AdapterInfo):
+    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding for conditionings that name none, a warning for others."""
+
+    def wrapper(executor, *args, **kwargs):
+        conds = [cond for group in executor.class_obj.conds.values() for cond in group]
+        for cond in conds:
+            cond.setdefault("guidance", info.family.guidance)
+        others = {cond["guidance"] for cond in conds} - {info.family.guidance}
+        if others:
+            log.warning(
+                f"GMFlow Apply Adapter: a conditioning asks for guidance {', '.join(map(str, others))}, and {info.family.name} adapters "
+                f"know only {info.family.guidance}: the picture will be noise; remove that FluxGuidance, or set it to {info.family.guidance}"
+            )
+        return executor(*args, **kwargs)
+
+    return wrapper
+
+
+def tell_changes(keys: tuple[str, ...]):
+    """An ON_PRE_RUN callback that names what other nodes changed and the adapter overrules, or is overruled by."""
+
+    def callback(patcher) -> None:
+        hooked = [key for patches in patcher.hook_patches.values() for key in patches]
+        ignored = [key for key in keys if key in patcher.patches or key in hooked]
+        if ignored:
+            log.warning(f"GMFlow Apply Adapter: a LoRA's part for {', '.join(ignored)} is ignored: the adapter replaces these layers")
+        sampling = patcher.get_model_object("model_sampling")
+        if not isinstance(sampling, AdapterSampling):
+            log.warning(f"GMFlow Apply Adapter: a {type(sampling).__name__} node after it samples with shift {shift_of(sampling):.4g} "
+                        f"instead of the adapter's {SHIFT}")
+
+    return callback
+
+
+# ---- applying ----------------------------------------------------------------------------------
+
+def adapter_files() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def adapter_path(name: str) -> str:
+    """ValueError for a file that is not there (any more)."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise ValueError(f"adapter_name: there is no {name!r} in {folder_paths.get_folder_paths(FOLDER)[0]}; put an adapter there "
+                         "and refresh the page, or choose another one of the list")
+    return path
+
+
+def check_base(model, adapter: Adapter, weights: dict[str, Tensor]) -> Seam:
+    """Where the adapter sits in this model, whose tensors are ``weights``; ValueError if that is no base of its family."""
+    family, seam, kind = adapter.family, SEAMS[adapter.family.name], type(model.model).__name__
+    head, modulation = (weights.get(f"{NETWORK}{name}.weight") for name in (seam.head, seam.modulation))
+    if head is None or modulation is None:
+        network = type(model.model.diffusion_model)
+        name = f"{network.__module__}.{network.__name__}".lower()
+        what = next((title for word, title in UNREACHABLE.items() if word in name), f"this {kind} model has")
+        raise ValueError(f"model: {what} no layers {seam.modulation} and {seam.head}, which a {family.name} adapter replaces; "
+                         f"load {family.name} with Load Diffusion Model, Load Checkpoint or a GGUF loader")
+    outputs, width = family.channels * PATCH**2, adapter.width
+    if tuple(head.shape) != (outputs, width) or tuple(modulation.shape) != (2 * width, width):
+        raise ValueError(f"model: this {kind} model's last layers are {tuple(modulation.shape)} and {tuple(head.shape)}; the adapter is for "
+                         f"{family.name} of hidden size {width}, where they are {(2 * width, width)} and {(outputs, width)}")
+    axes = model.model.latent_format.latent_dimensions
+    if axes != seam.axes:
+        raise ValueError(f"model: a {kind} model paints latents of {axes} axes, and the adapter is for {family.name}, of {seam.axes}")
+    return seam
+
+
+def lora_patches(adapter: Adapter, weights: dict[str, Tensor]) -> dict:
+    """The adapter's LoRA as ComfyUI's weight patches; ValueError if the base lacks a module or has it in another shape."""
+    patches, lacking, misfits = {}, [], []
+    for module, (a, b) in adapter.lora.items():
+        name, part = host_module(adapter.family, module, adapter.width) or (module, None)
+        key = f"{NETWORK}{name}.weight"
+        if key not in weights:
+            lacking.append(module)
+            continue
+        rows, columns = weights[key].shape
+        if (b.shape[0], a.shape[1]) != (part[1] if part else rows, columns) or (part and sum(part) > rows):
+            misfits.append(f"{module} {(b.shape[0], a.shape[1])} in {name} {(rows, columns)}")
+        patch = comfy.weight_adapter.LoRAAdapter(set(), (b, a, None, None, None, None))
+        patches[(key, (0, *part)) if part else key] = patch
+    for what, names in (("lacks modules that the adapter's LoRA changes", lacking), ("has them in another shape", misfits)):
+        if names:
+            raise ValueError(f"model: it {what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; "
+                             f"the adapter is for the {adapter.family.name} that it was trained on")
+    return patches
+
+
+def apply_adapter(model, path: str, strength: float):
+    """A clone of ``model`` that predicts the mixture of the adapter in ``path``. ValueError for what does not fit.
+
+    ``strength`` scales the adapter's LoRA, not its heads. The MODEL itself stays as it is.
+    """
+    if model.get_attachment(ATTACHMENT) is not None:
+        raise ValueError("model: an adapter is applied to it already, and two would add up to neither; remove one")
+    try:
+        adapter = load_adapter(path)
+    except CheckpointError as error:
+        raise ValueError(f"adapter_name: {error}") from None  # the page shows the type, and ours has a long name
+    weights = model.model_state_dict(NETWORK)
+    seam = check_base(model, adapter, weights)
+    patches = lora_patches(adapter, weights)
+    info, patched = AdapterInfo.of(adapter), model.clone()
+    missing = patches.keys() - set(patched.add_patches(patches, strength))
+    if missing:
+        raise ValueError(f"model: {len(missing)} of the adapter's LoRA modules could not be patched, as {sorted(map(str, missing))[0]}")
+    tensors = Tensors(adapter.heads, modulation_for(adapter))
+    for name, kind in ((seam.modulation, AdapterModulation), (seam.head, AdapterHead)):
+        patched.add_object_patch(NETWORK + name, kind(model.get_model_object(NETWORK + name), tensors))
+    own_sampling = model.object_patches_backup.get("model_sampling", model.model.model_sampling)
+    patched.add_object_patch("model_sampling", AdapterSampling(own_sampling))
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTACHMENT, capture_mixture(info))
+    if info.family.guidance is not None:
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ATTACHMENT, supply_guidance(info))
+    replaced = tuple(f"{NETWORK}{name}.{part}" for name in (seam.modulation, seam.head) for part in ("weight", "bias"))
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, ATTACHMENT, tell_changes(replaced))
+    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, ATTACHMENT, tensors.release)
+    patched.set_attachments(ATTACHMENT, info)
+    log.info(f"GMFlow Apply Adapter: {adapter}")
+    return patched
