@@ -149,6 +149,8 @@ class Mixture:
         for mean_c, m_c, b_c in parts:
             offsets.addcmul_(mean_c - m_c, b_c)
         between = (self.weights.squeeze(2) * offsets.square()).sum(1, keepdim=True)
+        if self.var.shape[1] > 1:
+            return between + (self.var * direction.square()).sum(1, keepdim=True)
         return between + self.var * direction.square().sum(1, keepdim=True)
 
     # ---- density -------------------------------------------------------------------------------
@@ -395,6 +397,9 @@ class TurnedMixture(Mixture):
 
     def channel_var(self) -> Tensor:
         return self.pixel_covariance().diagonal(dim1=1, dim2=2).movedim(-1, 1)
+
+    def variance_along(self, direction: Tensor) -> Tensor:
+        return self.inner.variance_along(turn(direction, self.axes))
 
     def covariance(self) -> Tensor:
         return self.pixel_covariance().reshape(*self.axes.shape[:3], -1).mean(-1)

@@ -78,6 +78,9 @@ def assert_same_law(got, d, rng):
     close(got.channel_var(), cov.diagonal(dim1=-2, dim2=-1).movedim(-1, 1))
     close(got.covariance(), cov.reshape(len(cov), -1, *cov.shape[-2:]).mean(1))
     close(got.moments().var.squeeze(1), cov.diagonal(dim1=-2, dim2=-1).mean(-1))
+    b = normal(rng, *got.mean().shape)
+    along = torch.einsum("b...c,b...cd,b...d->b...", b.movedim(1, -1), cov, b.movedim(1, -1))
+    close(got.variance_along(b).squeeze(1), along)
     flat = got.isotropic()
     assert flat.log_std.shape[2] == 1
     close(flat.moments().var, got.moments().var)
