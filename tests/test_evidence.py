@@ -7,12 +7,16 @@ import pytest
 import torch
 from oracle import random_mixture
 from recorded import assert_same_mixture, small_network
+from torch import Tensor
 
 from gmflow_core import (
     BlockEvidence, Conditioned, DirectionEvidence, GaussianFactor, GaussianMixture, GMDenoiser, Inpaint, PixelEvidence,
     condition, flow_sigmas, guide_cfg, guide_probabilistic, sample_gm_ode, sample_gm_sde, unguided,
 )
 from gmflow_core.echo import absorb
+from gmflow_core.inspection.statistics import statistics
+from gmflow_core.inspection.trace import Recorder
+from gmflow_core.inspection.views import VIEWS, draw
 from test_denoiser import Counting
 
 F64 = torch.float64
@@ -477,3 +481,34 @@ def test_bad_evidence_is_refused(make, message):
 def test_evidence_of_other_images_is_refused(network, evidence, message):
     with pytest.raises(ValueError, match=message):
         GMDenoiser(network, torch.tensor([3, 7]), evidence=evidence)(torch.zeros(2, 4, 8, 8), 0.5)
+
+
+# ---- looking at it ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["colour", "grey", "blocks"])
+def test_a_trace_keeps_what_evidence_did(network, rng, kind):
+    """Means, weights and total variances of what the steps used, in half precision; every view draws it."""
+    black = torch.zeros(1, 4, 8, 8)
+    evidence = {
+        "colour": hints(), "blocks": BlockEvidence(torch.full((1, 4, 2, 2), 0.3), 4, 0.05),
+        "grey": DirectionEvidence(black[:, :1] + 0.6, torch.full((1, 4, 1, 1), 0.5), torch.full((1, 1, 1, 1), 16.0)),
+    }[kind]
+    recorder, seen = Recorder(images=1), []
+    callback = lambda info: (recorder(info), seen.append(info))  # noqa: E731
+    denoiser = GMDenoiser(network, torch.tensor([3, 7]), 0.3, evidence=evidence)
+    with torch.no_grad():
+        sample_gm_ode(denoiser, torch.randn(2, 4, 8, 8, generator=rng), flow_sigmas(3), substeps=4, callback=callback)
+    trace = recorder.trace()
+    for step, info in zip(trace.steps, seen, strict=True):
+        for got, used in ((step.conditional, info.guided.base), (step.corrected, info.posterior)):
+            assert got.log_std.shape == (1, 1, 1, 8, 8)
+            got = got.map(Tensor.float)
+            torch.testing.assert_close(got.moments().mean, used.moments().mean[:1], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(got.moments().var, used.moments().var[:1], rtol=1e-2, atol=1e-3)
+    numbers = statistics(trace, 0, pixel=(2, 1))
+    first = trace.steps[0].corrected
+    assert numbers["steps"][0]["pixel"]["std"] == pytest.approx(first.log_std[0, 0, 0, 1, 2].float().exp().item(), rel=1e-4)
+    assert numbers["steps"][0]["std_within"] == pytest.approx(first.log_std.float().mul(2).exp().mean().sqrt().item(), rel=1e-3)
+    for view in VIEWS:
+        draw(trace, view, 1, 0, "aligned", 4, lambda x: x[:, :3], (2, 1))
