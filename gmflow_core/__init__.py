@@ -2,6 +2,8 @@
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .denoiser import GMDenoiser
+from .echo import Conditioned, condition
+from .evidence import BlockEvidence, DirectionEvidence, PixelEvidence
 from .guidance import Guided, guide_cfg, guide_probabilistic, probabilistic_guidance, unguided
 from .mixture import Gaussian, GaussianFactor, GaussianMixture, Mixture
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP
@@ -12,9 +14,10 @@ from .solver import Inpaint, SecondOrder, SolverHistory, StepInfo, sample_gm_ode
 from .spectral import gaussian_to_mixture, mixture_to_gaussian
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "GMDenoiser", "GMDiT", "GMDiTConfig", "GMMLP", "GMMLPConfig", "Gaussian",
-    "GaussianFactor", "GaussianMixture", "Guided", "Inpaint", "Mixture", "SecondOrder", "SolverHistory", "SpectrumConfig",
-    "SpectrumMLP", "StepInfo", "add_noise", "flow_sigmas", "gaussian_to_mixture", "guide_cfg", "guide_probabilistic",
+    "BlockEvidence", "Checkpoint", "CheckpointError", "Conditioned", "DirectionEvidence", "GMDenoiser", "GMDiT",
+    "GMDiTConfig", "GMMLP", "GMMLPConfig", "Gaussian", "GaussianFactor", "GaussianMixture", "Guided", "Inpaint",
+    "Mixture", "PixelEvidence", "SecondOrder", "SolverHistory", "SpectrumConfig", "SpectrumMLP", "StepInfo",
+    "add_noise", "condition", "flow_sigmas", "gaussian_to_mixture", "guide_cfg", "guide_probabilistic",
     "load_checkpoint", "mean_loss", "mixture_nll", "mixture_to_gaussian", "probabilistic_guidance", "reanchor",
     "reverse_transition", "sample_gm_ode", "sample_gm_sde", "save_checkpoint", "spectral_loss", "transition_loss",
     "unguided", "velocity_to_posterior",

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .echo import Conditioned, Sigma, posteriors_given
+from .evidence import Evidence
 from .guidance import Guided, check_guidance, check_tilt, guide_cfg, guide_probabilistic, unguided
 from .mixture import Mixture
 from .model import GMMLP, GMDiT
@@ -28,7 +30,8 @@ class GMDenoiser:
     ``guidance``: probabilistic scale in [0, 1), or with ``method="cfg"`` a CFG scale >= 1 (1 is none).
     ``orthogonal``: strength in [0, 1] of the orthogonal projection. ``interval``: (start, end)
     sigmas, 1 >= start >= end >= 0; guidance acts at end <= sigma <= start. ``tilt``: that of
-    probabilistic guidance, of :data:`~gmflow_core.guidance.TILTS`.
+    probabilistic guidance, of :data:`~gmflow_core.guidance.TILTS`. ``evidence``: what is known of the images; it reaches
+    the conditional and the unconditional posterior, each with its own echo, and guidance comes after.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class GMDenoiser:
         method: str = "probabilistic",
         interval: tuple[float, float] = (1.0, 0.0),
         tilt: str = "published",
+        evidence: Evidence | Conditioned | None = None,
     ):
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -55,6 +59,7 @@ class GMDenoiser:
         check_tilt(tilt)
         self.guidance, self.orthogonal, self.method, self.interval = guidance, orthogonal, method, interval
         self.tilt = tilt
+        self.given = None if evidence is None else Conditioned.of(evidence)
         self.num_classes = model.config.num_classes
         self._check_labels()
 
@@ -76,24 +81,39 @@ class GMDenoiser:
         on = self.guidance > (1 if self.method == "cfg" else 0)
         return on and self.labels is not None and end <= sigma <= start
 
-    def velocity(self, x: Tensor, sigma: float, labels: Tensor | None) -> Mixture:
+    def velocity(self, x: Tensor, sigma: Sigma, labels: Tensor | None) -> Mixture:
         """The network's velocity mixture at (x, sigma), in float32."""
         dtype = next(self.model.parameters()).dtype
-        sigmas = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         return self.model.mixture(self.model(x.to(dtype), sigmas, labels))
 
     def __call__(self, x: Tensor, sigma: float) -> Guided:
         null = self._null_like(x)
         labels = self._labels_like(x, null)
-        if labels is None or null is None or not self.guides_at(sigma):
-            return unguided(velocity_to_posterior(self.velocity(x, sigma, labels), x, sigma))
-        both = self.velocity(torch.cat([x, x]), sigma, torch.cat([labels, null]))
-        n = x.shape[0]
-        halves = both.map(lambda t: t[:n]), both.map(lambda t: t[n:])
-        cond, uncond = (velocity_to_posterior(velocity, x, sigma) for velocity in halves)
+        roles = [labels, null] if self.guides_at(sigma) else [labels]
+        if self.given is None:
+            posteriors = self.posteriors([x], sigma, roles)
+        else:
+            posteriors = posteriors_given(self.given, lambda xs, s: self.posteriors(xs, s, roles), x, sigma)
+        if len(posteriors) == 1:
+            return unguided(posteriors[0])
+        cond, uncond = posteriors
         if self.method == "cfg":
             return guide_cfg(cond, uncond, self.guidance)
         return guide_probabilistic(cond, uncond, self.guidance, self.orthogonal, self.tilt)
+
+    def posteriors(self, xs: list[Tensor], sigma: Sigma, roles: list[Tensor | None]) -> list[Mixture]:
+        """q(x_0 | x) for every role's labels, at one x for all roles or one for each: one batch."""
+        n = len(roles)
+        xs = xs * n if len(xs) == 1 else xs
+        if n == 1:
+            return [velocity_to_posterior(self.velocity(xs[0], sigma, roles[0]), xs[0], sigma)]
+        labels = torch.cat([role for role in roles if role is not None])
+        sigmas = sigma.repeat(n) if isinstance(sigma, Tensor) else sigma
+        every = self.velocity(torch.cat(xs), sigmas, labels)
+        size = xs[0].shape[0]
+        parts = [every.map(lambda t, i=i: t[i * size : (i + 1) * size]) for i in range(n)]
+        return [velocity_to_posterior(velocity, x, sigma) for velocity, x in zip(parts, xs)]
 
     def _null_like(self, x: Tensor) -> Tensor | None:
         """The null label of every image, (B,); None for a model without classes."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import Gaussian, GaussianFactor, GaussianMixture, Mixture, space_axes
+from .gaussian import Gaussian, GaussianFactor
+from .mixture import Mixture, space_axes
 
 PUBLISHED_SCALE = 0.45  # of probabilistic guidance, in the published examples
 TILTS = ("published", "limited")
@@ -125,7 +126,7 @@ def guide_probabilistic(
 def guide_cfg(cond: Mixture, uncond: Mixture, scale: float) -> Guided:
     r"""Vanilla classifier-free guidance: mean_k <- mean_k + (scale - 1)(m_c - m_u); scale >= 1, 1 is none (Ho & Salimans)."""
     shift = (scale - 1) * (cond.mean() - uncond.mean())
-    return unguided(GaussianMixture(cond.means + shift.unsqueeze(1), cond.log_weights, cond.log_std))
+    return unguided(cond.shifted(shift))
 
 
 def probabilistic_guidance(

@@ -1,4 +1,4 @@
-r"""Isotropic Gaussian mixtures, one per pixel, and the one operation on them: ``tilt``.
+r"""Gaussian mixtures, one per pixel, and the one operation on them: ``tilt``.
 
 Shapes: B batch, K components, C channels, ``*S`` space (any number of axes, (H, W) for images),
 ``*1`` as many ones as there are space axes.
@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .gaussian import Gaussian, GaussianFactor, diagonal, turn, turn_back
 
 T = TypeVar("T")
 
@@ -46,50 +48,17 @@ class kept(cached_property[T]):
         return self.func(mixture)
 
 
-@dataclass(frozen=True, eq=False)
-class GaussianFactor:
-    r"""An unnormalised Gaussian in natural parameters, exp(h.x - lambda |x|^2 / 2).
-
-    Factors multiply by adding; the zero factor is one everywhere. ``precision`` may be negative: a
-    ratio of Gaussians is a factor too.
-    """
-
-    precision: Tensor  # (B,1,*1) or (B,1,*S): lambda
-    shift: Tensor      # (B,C,*S): h
-
-    def __add__(self, other: GaussianFactor) -> GaussianFactor:
-        return GaussianFactor(self.precision + other.precision, self.shift + other.shift)
-
-    def __sub__(self, other: GaussianFactor) -> GaussianFactor:
-        return GaussianFactor(self.precision - other.precision, self.shift - other.shift)
-
-    def __neg__(self) -> GaussianFactor:
-        return GaussianFactor(-self.precision, -self.shift)
-
-
-@dataclass(frozen=True, eq=False)
-class Gaussian:
-    """An isotropic Gaussian per pixel."""
-
-    mean: Tensor  # (B,C,*S)
-    var: Tensor   # (B,1,*1) or (B,1,*S)
-
-    def factor(self) -> GaussianFactor:
-        r"""The density as a factor, up to its constant: lambda = 1/v, h = m/v."""
-        precision = self.var.reciprocal()
-        return GaussianFactor(precision, self.mean * precision)
-
-
 class Mixture:
-    r"""sum_k w_k N(mean_k, exp(2 log_std) I) over a C-vector at every pixel: what all mixtures share.
+    r"""sum_k w_k N(mean_k, exp(2 log_std)) over a C-vector at every pixel: what all mixtures share.
 
-    One standard deviation per sample, shared by components and pixels. A subclass is a value that holds or
-    works out the three tensors: :class:`GaussianMixture` holds them.
+    The standard deviation is shared by the components. A network's is one per sample; evidence leaves one per pixel, or
+    per pixel and channel. A subclass is a value that holds or works out the three tensors: :class:`GaussianMixture`
+    holds them.
     """
 
     means: Tensor        # (B,K,C,*S)
     log_weights: Tensor  # (B,K,1,*S), normalised over K
-    log_std: Tensor      # (B,1,1,*1)
+    log_std: Tensor      # (B,1,1,*1), (B,1,1,*S) or (B,1,C,*S)
 
     # ---- shape ---------------------------------------------------------------------------------
 
@@ -118,7 +87,7 @@ class Mixture:
     @kept
     def var(self) -> Tensor:
         """v = exp(2 log_std), shaped for (B,C,*S) tensors."""
-        return (2 * self.log_std).exp().squeeze(1)                              # (B,1,*1)
+        return (2 * self.log_std).exp().squeeze(1)                              # (B,1,*1), (B,1,*S) or (B,C,*S)
 
     @kept
     def _half_norms(self) -> Tensor:
@@ -143,18 +112,35 @@ class Mixture:
 
     def moments(self) -> Gaussian:
         r"""The isotropic Gaussian of equal mean and total variance at each pixel:
-        var = sum_k w_k |mean_k - m|^2 / C + v, shape (B,1,*S)."""
+        var = sum_k w_k |mean_k - m|^2 / C + v (over channels its mean), shape (B,1,*S)."""
         offsets = (mean_c - m_c for mean_c, m_c in zip(self._by_channel, self.mean().unsqueeze(1).unbind(2)))
         distances = _sum_of_squares(offsets)                                    # (B,K,*S)
         between = (self.weights.squeeze(2) * distances).sum(1, keepdim=True) / self.channels
-        return Gaussian(self.mean(), between + self.var)
+        return Gaussian(self.mean(), between + _over_channels(self.var))
+
+    def isotropic(self) -> Mixture:
+        """The same means and weights, and of the variance its mean over channels: itself where it has one for all."""
+        if self.var.shape[1] == 1:
+            return self
+        return GaussianMixture(self.means, self.log_weights, 0.5 * _over_channels(self.var).log().unsqueeze(1))
+
+    def pixel_covariance(self) -> Tensor:
+        r"""sum_k w_k (mean_k - m)(mean_k - m)^T + v of every pixel, (B,C,C,*S)."""
+        offsets = self.means - self.mean().unsqueeze(1)
+        between = torch.einsum("bkc...,bkd...->bcd...", self.weights * offsets, offsets)
+        return between + diagonal(self.var.expand_as(self.mean()))
+
+    def channel_var(self) -> Tensor:
+        """The diagonal of :meth:`pixel_covariance`, (B,C,*S)."""
+        return (self.weights * (self.means - self.mean().unsqueeze(1)).square()).sum(1) + self.var
 
     def covariance(self) -> Tensor:
         r"""Space-averaged covariance of a pixel, sum_k w_k (mean_k - m)(mean_k - m)^T + v I: (B,C,C)."""
         b, _, c, *space = self.means.shape
         flat = (self.means - self.mean().unsqueeze(1)).transpose(1, 2).reshape(b, c, -1)    # (B,C,K*S)
         between = (flat * self.weights.reshape(b, 1, -1)) @ flat.mT / math.prod(space)
-        return between + torch.eye(c, dtype=flat.dtype, device=flat.device) * self.var.reshape(b, 1, 1)
+        within = self.var.reshape(b, self.var.shape[1], -1).mean(-1, keepdim=True)                 # (B,1|C,1)
+        return between + torch.eye(c, dtype=flat.dtype, device=flat.device) * within
 
     def variance_along(self, direction: Tensor) -> Tensor:
         r"""b^T Sigma b = sum_k w_k ((mean_k - m).b)^2 + v |b|^2 of each pixel for b (B,C,*S), shape (B,1,*S)."""
@@ -163,16 +149,20 @@ class Mixture:
         for mean_c, m_c, b_c in parts:
             offsets.addcmul_(mean_c - m_c, b_c)
         between = (self.weights.squeeze(2) * offsets.square()).sum(1, keepdim=True)
+        if self.var.shape[1] > 1:
+            return between + (self.var * direction.square()).sum(1, keepdim=True)
         return between + self.var * direction.square().sum(1, keepdim=True)
 
     # ---- density -------------------------------------------------------------------------------
 
     def component_log_prob(self, x: Tensor) -> Tensor:
-        """log N(x; mean_k, v I) of x (B,C,*S) for every component, shape (B,K,1,*S)."""
-        per_std = (-self.log_std).exp().squeeze(1)                              # (B,1,*1)
-        offsets = ((x_c - mean_c) * per_std for mean_c, x_c in zip(self._by_channel, x.unsqueeze(1).unbind(2)))
+        """log N(x; mean_k, v) of x (B,C,*S) for every component, shape (B,K,1,*S)."""
+        per_std = (-self.log_std).exp()                                         # (B,1,1|C,*1|*S)
+        per_std = per_std.expand(-1, -1, self.channels, *per_std.shape[3:]).unbind(2)
+        x_cs = x.unsqueeze(1).unbind(2)
+        offsets = ((x_c - mean_c) * std_c for mean_c, x_c, std_c in zip(self._by_channel, x_cs, per_std))
         distances = _sum_of_squares(offsets).unsqueeze(2)                       # (B,K,1,*S), in stds
-        return -0.5 * (distances + self.channels * (LOG_2PI + 2 * self.log_std))
+        return -0.5 * (distances + self.channels * (LOG_2PI + 2 * self.log_std.mean(2, keepdim=True)))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log sum_k w_k N(x; mean_k, v I) of x (B,C,*S), shape (B,*S): summed over C, per pixel."""
@@ -193,24 +183,42 @@ class Mixture:
 
     # ---- the one operation ---------------------------------------------------------------------
 
-    def tilt(self, factor: GaussianFactor) -> TiltedMixture:
-        """Multiply by exp(h.x - lambda |x|^2 / 2) and renormalise: see :class:`TiltedMixture`.
+    def tilt(self, factor: GaussianFactor) -> Mixture:
+        """Multiply by exp(h.x - x.Lambda x / 2) and renormalise: see :class:`TiltedMixture`.
 
-        The variance is one number per sample, so lambda must be (B,1,*1).
+        A factor with axes of its own makes a :class:`TurnedMixture` of it.
         """
-        if factor.precision.shape[2:].numel() != 1:
-            raise ValueError("tilt needs one precision per sample (B,1,*1); tilted_mean takes one per pixel")
-        return TiltedMixture(self, factor)
+        if factor.axes is None:
+            return TiltedMixture(self, factor)
+        if self.var.shape[1] > 1:
+            raise ValueError("a mixture with another variance for each channel cannot be tilted along other axes")
+        turned = GaussianMixture(turn(self.means, factor.axes), self.log_weights, self.log_std)
+        along = GaussianFactor(factor.precision, turn(factor.shift, factor.axes))
+        return TurnedMixture(TiltedMixture(turned, along), factor.axes)
 
     def tilted_mean(self, factor: GaussianFactor) -> Tensor:
-        """``tilt(factor).mean()``, where lambda may also be (B,1,*S)."""
-        return TiltedMixture(self, factor).mean()
+        """``tilt(factor).mean()``."""
+        return self.tilt(factor).mean()
+
+    def shifted(self, by: Tensor) -> Mixture:
+        """Every component moved by a vector (B,C,*S)."""
+        return GaussianMixture(self.means + by.unsqueeze(1), self.log_weights, self.log_std)
 
     def _tilted_logits(self, precision: Tensor, shift: Tensor) -> Tensor:
         """log w_k + h.mean_k - lambda |mean_k|^2 / 2, (B,K,*S), where both have been divided by 1 + lambda v."""
+        if precision.shape[1] > 1:
+            return self._tilted_logits_by_channel(precision, shift)
         logits = torch.addcmul(self.log_weights.squeeze(2), precision, self._half_norms)
         for mean_c, shift_c in zip(self._by_channel, shift.unsqueeze(1).unbind(2)):
             logits.addcmul_(mean_c, shift_c)
+        return logits
+
+    def _tilted_logits_by_channel(self, precision: Tensor, shift: Tensor) -> Tensor:
+        """log w_k + sum_c (h_c - lambda_c mean_kc / 2) mean_kc, (B,K,*S)."""
+        logits = self.log_weights.squeeze(2).clone()
+        factors = precision.unsqueeze(1).unbind(2), shift.unsqueeze(1).unbind(2)
+        for mean_c, precision_c, shift_c in zip(self._by_channel, *factors):
+            logits.addcmul_(mean_c, torch.addcmul(shift_c, precision_c, mean_c, value=-0.5))
         return logits
 
     def _weighted_sum(self, weights: Tensor) -> Tensor:
@@ -245,18 +253,19 @@ class GaussianMixture(Mixture):
 
     means: Tensor        # (B,K,C,*S)
     log_weights: Tensor  # (B,K,1,*S)
-    log_std: Tensor      # (B,1,1,*1)
+    log_std: Tensor      # (B,1,1,*1), (B,1,1,*S) or (B,1,C,*S)
 
     def __post_init__(self) -> None:
         if self.means.ndim < 3:
             raise ValueError(f"means must be (B, K, C, *S), got {tuple(self.means.shape)}")
-        b, k, _, *space = self.means.shape
-        for name, want in (
-            ("log_weights", (b, k, 1, *space)),
-            ("log_std", (b, 1, 1) + (1,) * len(space)),
+        b, k, c, *space = self.means.shape
+        for name, allowed in (
+            ("log_weights", [(b, k, 1, *space)]),
+            ("log_std", [(b, 1, 1) + (1,) * len(space), (b, 1, 1, *space), (b, 1, c, *space)]),
         ):
             got = tuple(getattr(self, name).shape)
-            if got != want:
+            if got not in allowed:
+                want = " or ".join(map(str, dict.fromkeys(allowed)))
                 raise ValueError(f"{name} must be {want} beside means {tuple(self.means.shape)}, got {got}")
 
     @classmethod
@@ -275,9 +284,9 @@ class TiltedMixture(Mixture):
 
         mean_k <- (mean_k + v h) / (1 + lambda v)
         v      <- v / (1 + lambda v)
-        log w_k <- log w_k + (h.mean_k - lambda |mean_k|^2 / 2) / (1 + lambda v), renormalised
+        log w_k <- log w_k + (h.mean_k - lambda |mean_k|^2 / 2) / (1 + lambda v), renormalised,
 
-    What is read needs 1 + lambda v > 0. Tilts add, so ``base`` is never tilted itself; the mean
+    channel by channel where lambda or v has a number for each. What is read needs 1 + lambda v > 0. Tilts add, so ``base`` is never tilted itself; the mean
     takes one inner product and one weighted sum of the base's means, not the tilted ones.
     """
 
@@ -289,11 +298,8 @@ class TiltedMixture(Mixture):
         factor = self.factor
         return self.base._needs_grad or factor.precision.requires_grad or factor.shift.requires_grad
 
-    def tilt(self, factor: GaussianFactor) -> TiltedMixture:
+    def tilt(self, factor: GaussianFactor) -> Mixture:
         return self.base.tilt(self.factor + factor)
-
-    def tilted_mean(self, factor: GaussianFactor) -> Tensor:
-        return self.base.tilted_mean(self.factor + factor)
 
     @property
     def components(self) -> int:
@@ -305,7 +311,7 @@ class TiltedMixture(Mixture):
 
     @kept
     def _shrink(self) -> Tensor:
-        return (1 + self.factor.precision * self.base.var).reciprocal()         # (B,1,*1|*S)
+        return (1 + self.factor.precision * self.base.var).reciprocal()         # (B,1,*1|*S) or (B,C,*S)
 
     @kept
     def _shift(self) -> Tensor:
@@ -335,6 +341,98 @@ class TiltedMixture(Mixture):
     @kept
     def _mean(self) -> Tensor:
         return self.base._tilted_mean(self.weights, self._shrink, self._shift)
+
+
+@dataclass(frozen=True, eq=False)
+class TurnedMixture(Mixture):
+    """x = axes y with a tilted mixture over y at every pixel, whose variance is another one along each axis.
+
+    Its own ``log_std`` and ``var`` are those of its total variance, as in :meth:`Mixture.isotropic`.
+    """
+
+    inner: TiltedMixture
+    axes: Tensor    # (B,C,C,*S), orthonormal columns
+
+    @property
+    def _needs_grad(self) -> bool:
+        return self.inner._needs_grad or self.axes.requires_grad
+
+    @property
+    def components(self) -> int:
+        return self.inner.components
+
+    @property
+    def channels(self) -> int:
+        return self.inner.channels
+
+    @property
+    def log_weights(self) -> Tensor:
+        return self.inner.log_weights
+
+    @property
+    def weights(self) -> Tensor:
+        return self.inner.weights
+
+    @kept
+    def means(self) -> Tensor:
+        return turn_back(self.inner.means, self.axes)
+
+    @kept
+    def _mean(self) -> Tensor:
+        return turn_back(self.inner.mean(), self.axes)
+
+    @kept
+    def var(self) -> Tensor:
+        return _over_channels(self.inner.var)
+
+    @kept
+    def log_std(self) -> Tensor:
+        return 0.5 * self.var.log().unsqueeze(1)
+
+    def isotropic(self) -> Mixture:
+        return GaussianMixture(self.means, self.log_weights, self.log_std)
+
+    def pixel_covariance(self) -> Tensor:
+        return torch.einsum("bci...,bij...,bdj...->bcd...", self.axes, self.inner.pixel_covariance(), self.axes)
+
+    def channel_var(self) -> Tensor:
+        return self.pixel_covariance().diagonal(dim1=1, dim2=2).movedim(-1, 1)
+
+    def variance_along(self, direction: Tensor) -> Tensor:
+        return self.inner.variance_along(turn(direction, self.axes))
+
+    def covariance(self) -> Tensor:
+        return self.pixel_covariance().reshape(*self.axes.shape[:3], -1).mean(-1)
+
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        return self.inner.component_log_prob(turn(x, self.axes))
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return turn_back(self.inner.sample(generator), self.axes)
+
+    def tilt(self, factor: GaussianFactor) -> Mixture:
+        base, own = self.inner.base, self.inner.factor
+        if factor.axes is self.axes or factor.is_isotropic:
+            along = GaussianFactor(factor.precision, turn(factor.shift, self.axes))
+            return self._turned(base, own + along)
+        upright = GaussianMixture(turn_back(base.means, self.axes), base.log_weights, base.log_std)
+        return upright.tilt(GaussianFactor(own.precision, turn_back(own.shift, self.axes), self.axes) + factor)
+
+    def shifted(self, by: Tensor) -> Mixture:
+        base, factor, along = self.inner.base, self.inner.factor, turn(by, self.axes)
+        return self._turned(base.shifted(along), GaussianFactor(factor.precision, factor.shift + factor.precision * along))
+
+    def temperature(self, t: float) -> Mixture:
+        base, factor = self.inner.base, self.inner.factor
+        return self._turned(base.temperature(t), GaussianFactor(factor.precision / t, factor.shift / t))
+
+    def _turned(self, base: Mixture, factor: GaussianFactor) -> TurnedMixture:
+        return TurnedMixture(TiltedMixture(base, factor), self.axes)
+
+
+def _over_channels(var: Tensor) -> Tensor:
+    """A variance of every channel, or one of all of them, as its mean: (B,1,...)."""
+    return var if var.shape[1] == 1 else var.mean(1, keepdim=True)
 
 
 def _sum_of_squares(parts: Iterable[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import GaussianFactor, GaussianMixture, Mixture, kept, per_sample
+from .gaussian import GaussianFactor, turn, turn_back
+from .mixture import GaussianMixture, Mixture, TiltedMixture, TurnedMixture, kept, per_sample
 
 
 def add_noise(x_0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
@@ -96,6 +97,10 @@ class Reanchoring:
 
     def __init__(self, posterior: Mixture, x_src: Tensor, sigma_src: float, sigmas: Sequence[float]):
         prior = posterior.tilt(-likelihood_factor(x_src, sigma_src))  # perhaps no distribution: only its factor is used
+        self._axes = None
+        if isinstance(prior, TurnedMixture):
+            prior, self._axes = prior.inner, prior.axes
+        assert isinstance(prior, TiltedMixture)
         self._base, self._shift = prior.base, prior.factor.shift
         self._weights = [(1 - s) / s**2 for s in sigmas]
         precision = x_src.new_tensor([(1 - s) * w for s, w in zip(sigmas, self._weights)])
@@ -105,6 +110,11 @@ class Reanchoring:
 
     def mean(self, i: int, x: Tensor) -> Tensor:
         """m of q(x_0 | x) at the i-th sigma, (B,C,*S)."""
+        if self._axes is None:
+            return self._mean(i, x)
+        return turn_back(self._mean(i, turn(x, self._axes)), self._axes)
+
+    def _mean(self, i: int, x: Tensor) -> Tensor:
         shrink = self._shrinks[i]
         shift = torch.add(self._shift, x, alpha=self._weights[i]).mul_(shrink)
         weights = self._base._tilted_logits(self._precisions[i], shift).softmax(dim=1).unsqueeze(2)

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from .mixture import Mixture, space_axes
+from .gaussian import turn, turn_back
+from .mixture import Mixture, TurnedMixture, space_axes
 
 _SQRT_HALF = math.sqrt(0.5)
 _LOG2_E = math.log2(math.e)
@@ -52,6 +53,16 @@ def _along_axes(vectors: Tensor, axes: Tensor) -> Tensor:
     return (axes.mT @ flat).reshape(b, c, k, -1).permute(1, 2, 0, 3).reshape(c, k, -1)
 
 
+def _in_stds(vectors: Tensor, axes: Tensor, std: Tensor) -> Tensor:
+    """Vectors (B,K,C,*S) along axes (B,C,C) after each channel is divided by its std: (C,K,N).
+
+    Divided so, the components have unit variance along any axes: the map is exact along all of them.
+    """
+    if std[0].numel() == 1:  # dividing the axes is cheaper
+        return _along_axes(vectors, axes / std.reshape(-1, 1, 1))
+    return _along_axes(vectors / std.unsqueeze(1), axes)
+
+
 def _per_pixel(values: Tensor) -> Tensor:
     """(B,n,*S) or (B,n,1,*S) as (n,N)."""
     b, n = values.shape[:2]
@@ -70,10 +81,11 @@ def gaussian_to_mixture(mixture: Mixture, z: Tensor, axes: Tensor | None = None)
     Along axis j, with component weights given the previous axes: x_j = F_j^-1(Phi(z_j)).
     ``axes`` (B,C,C) replaces :func:`principal_axes`.
     """
+    if isinstance(mixture, TurnedMixture):
+        return turn_back(gaussian_to_mixture(mixture.inner, z, axes), mixture.axes)
     axes = principal_axes(mixture) if axes is None else axes
-    std = mixture.var.sqrt()                                                            # (B,1,*1)
-    offsets = mixture.means - mixture.mean().unsqueeze(1)                               # (B,K,C,*S)
-    mu = _along_axes(offsets, axes / std.reshape(-1, 1, 1))                             # (C,K,N), in stds
+    std = mixture.var.sqrt()                                                            # (B,1|C,*1|*S)
+    mu = _in_stds(mixture.means - mixture.mean().unsqueeze(1), axes, std)               # (C,K,N)
     log_w = _per_pixel(mixture.log_weights)                                             # (K,N)
     x = []
     for j, (mu_j, z_j) in enumerate(zip(mu, _per_pixel(z))):
@@ -89,9 +101,10 @@ def mixture_to_gaussian(mixture: Mixture, x: Tensor, axes: Tensor | None = None)
 
     Exact far out in the tails: the CDF is taken in log space there.
     """
+    if isinstance(mixture, TurnedMixture):
+        return mixture_to_gaussian(mixture.inner, turn(x, mixture.axes), axes)
     axes = principal_axes(mixture) if axes is None else axes
-    std = mixture.var.sqrt().reshape(-1, 1, 1)
-    distances = _along_axes(x.unsqueeze(1) - mixture.means, axes / std)                 # (C,K,N), in stds
+    distances = _in_stds(x.unsqueeze(1) - mixture.means, axes, mixture.var.sqrt())      # (C,K,N)
     log_w = _per_pixel(mixture.log_weights)                                             # (K,N)
     z = []
     for t in distances:

@@ -226,18 +226,19 @@ def test_factors_add(rng):
     assert_same_mixture(m.tilt(f + g - f), m.tilt(g), 1e-13)
 
 
-def test_tilted_mean_takes_a_precision_per_pixel_and_tilt_refuses_it(rng):
+def test_a_tilt_takes_a_precision_per_pixel(rng):
     m = random_mixture(rng)
     factor = random_factor(rng, m)
     per_pixel = GaussianFactor(torch.rand(2, 1, 3, 4, generator=rng, dtype=torch.float64), factor.shift)
-    got = m.tilted_mean(per_pixel)
+    got, tilted = m.tilted_mean(per_pixel), m.tilt(per_pixel)
+    assert tilted.log_std.shape == (2, 1, 1, 3, 4)
     for i in range(3):
         for j in range(4):
             pixel = GaussianMixture(m.means[..., i, j], m.log_weights[..., i, j], m.log_std[..., 0, 0])
-            alone = pixel.tilt(GaussianFactor(per_pixel.precision[..., i, j], per_pixel.shift[..., i, j])).mean()
-            torch.testing.assert_close(got[..., i, j], alone)
-    with pytest.raises(ValueError, match="one precision per sample"):
-        m.tilt(per_pixel)
+            alone = pixel.tilt(GaussianFactor(per_pixel.precision[..., i, j], per_pixel.shift[..., i, j]))
+            torch.testing.assert_close(got[..., i, j], alone.mean())
+            torch.testing.assert_close(tilted.log_std[..., i, j], alone.log_std)
+            torch.testing.assert_close(tilted.log_weights[..., i, j], alone.log_weights)
 
 
 def test_factor_of_a_gaussian(rng):
@@ -288,7 +289,9 @@ def test_temperature_one_is_the_identity_and_others_must_be_positive(rng):
     dict(means=(2, 3)),
     dict(log_weights=(2, 3, 4, 4)),
     dict(log_weights=(2, 3, 1, 4, 5)),
-    dict(log_std=(2, 1, 1, 4, 4)),
+    dict(log_std=(2, 1, 1, 4, 1)),
+    dict(log_std=(2, 1, 3, 4, 4)),
+    dict(log_std=(2, 3, 1, 4, 4)),
     dict(log_std=(2, 1, 1)),
 ])
 def test_misshaped_tensors_are_refused(bad):

@@ -75,7 +75,7 @@ def tilt_divergence(mixture: GaussianMixture, factor: GaussianFactor) -> Tensor:
         KL = E[log f] - log Z under the tilted p, Z = sum_k w_k (1 + lambda v)^(-C/2)
              exp((h.mean_k - lambda |mean_k|^2/2 + v |h|^2/2) / (1 + lambda v))
     """
-    tilted, v = mixture.tilt(factor), mixture.var                               # v (B,1,*1)
+    tilted, v = mixture.tilt(factor), mixture.var                               # v (B,1,*1|*S)
     h, precision, c = factor.shift, factor.precision, mixture.channels
     shrink = (1 + precision * v).reciprocal()
     dot = (mixture.means * h.unsqueeze(1)).sum(2, keepdim=True)                 # (B,K,1,*S)

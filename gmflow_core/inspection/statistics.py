@@ -46,8 +46,8 @@ def at_pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> GaussianMixtur
     """The mixture (B,K,C,1,1) of one pixel (x, y); ValueError if there is none."""
     x, y = pixel
     check_pixel(pixel, *mixture.means.shape[-2:])
-    means, log_weights = (t[..., y : y + 1, x : x + 1] for t in (mixture.means, mixture.log_weights))
-    return GaussianMixture(means, log_weights, mixture.log_std)
+    log_std = mixture.log_std.expand(*mixture.log_std.shape[:3], *mixture.means.shape[3:])
+    return GaussianMixture(*(t[..., y : y + 1, x : x + 1] for t in (mixture.means, mixture.log_weights, log_std)))
 
 
 def check_pixel(pixel: tuple[int, int], height: int, width: int) -> None:
@@ -81,8 +81,8 @@ def step_statistics(chosen: TraceStep) -> dict:
     return {
         "sigma": _number(chosen.sigma), "sigma_next": _number(chosen.sigma_next),
         "entropy_bits": _summary(bits), "effective_components": _summary(torch.exp2(bits)),
-        "log_std": _number(float(mixture.log_std.flatten()[0])),
-        "std_within": _number(float(parts.within.flatten()[0])), "std_between": _summary(parts.between),
+        "log_std": _number(float(mixture.log_std.mean())),
+        "std_within": _number(float(mixture.var.mean().sqrt())), "std_between": _summary(parts.between),
         "guidance_shift": _summary(mean_shift(chosen.guided, chosen.conditional)),
         "correction_shift": _summary(mean_shift(mixture, chosen.guided)),
         "guidance_kl": None if chosen.divergence is None else _summary(chosen.divergence),

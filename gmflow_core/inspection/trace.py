@@ -42,7 +42,8 @@ class Recorder:
     """A sampler's callback that keeps a :class:`Trace`: the first ``images`` images of at most ``steps`` steps.
 
     Mixtures are stored in half precision, 2 B K (C + 1) H W bytes each, up to three a step: on the sampler's device
-    while it works, so that no step waits for a copy, and on the CPU from :meth:`trace` on.
+    while it works, so that no step waits for a copy, and on the CPU from :meth:`trace` on. Of evidence's variances, one
+    for each pixel or even channel, what is kept is the mean over channels.
     """
 
     def __init__(self, images: int = 4, steps: int = 1000):
@@ -64,11 +65,11 @@ class Recorder:
         if guided.bias is None:
             return None
         factor = self._first_factor(guided.target.factor() - guided.anchor.factor())
-        return _half(tilt_divergence(guided.base.map(self._first), factor))
+        return _half(tilt_divergence(self._first_images(guided.base).isotropic(), factor))
 
     def _mixtures(self, guided: Guided, posterior: Mixture) -> tuple[GaussianMixture, ...]:
         parts = {id(part): part for part in (guided.base, guided.posterior, posterior)}  # often one: kept once
-        stored = {name: self._first_images(part).map(_half) for name, part in parts.items()}
+        stored = {name: self._first_images(part).isotropic().map(_half) for name, part in parts.items()}
         return stored[id(guided.base)], stored[id(guided.posterior)], stored[id(posterior)]
 
     def _first_images(self, mixture: Mixture) -> Mixture:
@@ -78,7 +79,7 @@ class Recorder:
         return mixture.map(self._first)
 
     def _first_factor(self, factor: GaussianFactor) -> GaussianFactor:
-        return GaussianFactor(self._first(factor.precision), self._first(factor.shift))
+        return GaussianFactor(self._first(factor.precision), self._first(factor.shift))  # a TiltedMixture has no axes
 
     def _first(self, x: Tensor) -> Tensor:
         return x[: self.images].detach()
