@@ -27,7 +27,7 @@ from .model import pack_mixture
 
 PATCH = 2     # a token is 2 x 2 pixels of the space that the mixture lives in, in all families
 SHIFT = 3.2   # the time shift that all published adapters were trained and sample with
-LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
+LORA = r"(.+)\.lora_([AB])\.weight"
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Family:
 
     name: str
     channels: int            # C
-    modules: re.Pattern
+    modules: str             # a pattern of names that only this family's adapters have
     guidance: float | None   # the only value of the guidance embedding that its adapters know, None: it has none
     packed: bool = False     # its latents hold p x p pixels in their channels: (C p p, H, W) for (C, p H, p W)
     scale_first: bool = False  # its own last modulation is (scale, shift), as in the files, and not (shift, scale)
 
 
 FAMILIES = (
-    Family("FLUX.1", 16, re.compile(
+    Family("FLUX.1", 16, (
         r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)|transformer_blocks\.\d+\.ff(_context)?\.net\."
         r"|time_text_embed\.(guidance|text)_embedder\."), 3.5),
-    Family("Qwen-Image", 16, re.compile(r"transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\."), None, scale_first=True),
-    Family("FLUX.2", 32, re.compile(
+    Family("Qwen-Image", 16, r"transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\.", None, scale_first=True),
+    Family("FLUX.2", 32, (
         r"transformer_blocks\.\d+\.ff(_context)?\.linear_|single_transformer_blocks\.\d+\.attn\.to_(qkv_mlp_proj|out)$"
         r"|time_guidance_embed\.|(double|single)_stream_modulation"), 4.0, packed=True),
 )
@@ -179,7 +179,7 @@ def parse_adapter(state: State, path: Path) -> Adapter:
 
 _WHOLE = ("double_blocks.", "img_in.", "x_embedder.", "transformer_blocks.0.attn.to_q.weight", "model.diffusion_model.")
 _CONTROL = ("controlnet_", "control_model.", "controlnet.", "control_blocks.")
-_PATCH = re.compile(r"lora_(A|B|up|down)\b|\.(lokr|hada|oft|lora)_|\.diff(_b)?$|\.set_weight$")
+_PATCH = r"lora_(A|B|up|down)\b|\.(lokr|hada|oft|lora)_|\.diff(_b)?$|\.set_weight$"
 
 
 def _check_kind(state: State, metadata: dict[str, str], path: Path) -> None:
@@ -196,17 +196,17 @@ def _foreign(state: State, metadata: dict[str, str], path: Path) -> str | None:
         return "an AsymFlow adapter, which paints pixels and predicts no mixture"
     kind = _policy(metadata, path)
     if kind == "DX" or (kind is None and "proj_out_means.weight" not in state and "proj_out.weight" in state
-                        and any(LORA.fullmatch(key) for key in state)):
+                        and any(re.fullmatch(LORA, key) for key in state)):
         return "proj_out_means is missing: a DX adapter, which predicts no mixture"
     if kind not in (None, "GMFlow"):
         return f"its policy_config names the type {kind!r}, and only GMFlow is a mixture"
     if any(key.startswith(_CONTROL) for key in state):
         return "a ControlNet"
-    if any(key.startswith(_WHOLE) and not _PATCH.search(key) for key in state):
+    if any(key.startswith(_WHOLE) and not re.search(_PATCH, key) for key in state):
         return "a whole model and no adapter: it belongs into the diffusion_models folder"
     if "proj_out_means.weight" in state:
         return None
-    if any(_PATCH.search(key) for key in state):
+    if any(re.search(_PATCH, key) for key in state):
         return "proj_out_means is missing: an ordinary LoRA, for Load LoRA"
     return "proj_out_means is missing: " + recognise(state)
 
@@ -227,10 +227,10 @@ def _split(state: State, path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], 
     halves: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, value in state.items():
-        found = LORA.fullmatch(key)
+        found = re.fullmatch(LORA, key)
         if found:
             halves.setdefault(found[1], {})[found[2]] = value
-        elif _PATCH.search(key) or key.endswith(".alpha"):
+        elif re.search(_PATCH, key) or key.endswith(".alpha"):
             raise CheckpointError(f"{path}: {key} is a LoRA key of another layout; "
                                   "an adapter has MODULE.lora_A.weight and MODULE.lora_B.weight alone")
         else:
@@ -250,7 +250,7 @@ def _split(state: State, path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], 
 def _family(modules: Iterable[str], path: Path) -> Family:
     """The base whose modules these are; CheckpointError for none, or for several."""
     modules = list(modules)
-    found = [family for family in FAMILIES if any(family.modules.match(module) for module in modules)]
+    found = [family for family in FAMILIES if any(re.match(family.modules, module) for module in modules)]
     if len(found) != 1:
         names = " and ".join(family.name for family in found)
         what = f"its LoRA modules are those of {names} at once" if found else (

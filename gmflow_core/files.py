@@ -88,7 +88,7 @@ def file_size(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be opened: {one_line(error)}") from error
     if not stat.S_ISREG(facts.st_mode):
-        kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a device, pipe or socket"
+        kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a device or pipe"
         raise CheckpointError(f"{path}: is {kind}, a file is needed")
     return facts.st_size
 

@@ -10,7 +10,7 @@ from .files import CheckpointError, State, read_json, read_safetensors, shown
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RUN_CHECKPOINT, RUN_STATE = "checkpoint.safetensors", "state.pt"
 INDEX = ".safetensors.index.json"
-_PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
+_PART = r"(.+)-\d{5}-of-\d{5}\.safetensors"
 _UNFINISHED = ("blobs/*.incomplete", ".cache/huggingface/download/**/*.incomplete")
 
 
@@ -64,7 +64,7 @@ def index_of(path: Path) -> Path | None:
     """The index of weights in several parts, if ``path`` is it or one of the parts; None for a whole file."""
     if path.name.endswith(INDEX):
         return path
-    part = _PART.fullmatch(path.name)
+    part = re.fullmatch(_PART, path.name)
     if part is None:
         return None
     index = path.with_name(part[1] + INDEX)

@@ -75,14 +75,14 @@ def is_dit(state: dict) -> bool:
 
 
 # What others put around parameter names: in front (ComfyUI's savers, DDP, pipelines) or anywhere (torch.compile, FSDP).
-_OUTER = re.compile(r"(?:(?:model\.)?diffusion_model\.|module\.|transformer\.)+")
-_INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = r"(?:(?:model\.)?diffusion_model\.|module\.|transformer\.)+"
+_INNER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 
 def unwrapped_name(name: str) -> str:
     """A parameter's own name, without what wrappers have put around it."""
-    name = _INNER.sub("", name)
-    outer = _OUTER.match(name)
+    name = re.sub(_INNER, "", name)
+    outer = re.match(_OUTER, name)
     return name[outer.end() :] if outer else name
 
 

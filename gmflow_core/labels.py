@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from .files import shown
 
 # A name in quotes, or what lies between commas and line breaks.
-_PART = re.compile(r'[^\S\n]*"[^"\n]*"[^\S\n]*(?=[,\n]|$)|[^,\n]+')
-_INDEX = re.compile(r"#?\s*([0-9]{1,9})(?:\s*-\s*#?([0-9]{1,9}))?")
+_PART = r'[^\S\n]*"[^"\n]*"[^\S\n]*(?=[,\n]|$)|[^,\n]+'
+_INDEX = r"#?\s*([0-9]{1,9})(?:\s*-\s*#?([0-9]{1,9}))?"
 
 
 class LabelError(ValueError):
@@ -24,10 +24,10 @@ def parse_labels(text: str, num_classes: int, class_names: Sequence[str] | None 
     ``#7`` is always the index, ``"7"`` in quotes always the name. LabelError for anything else.
     """
     names = {_plain(name): i for i, name in reversed(list(enumerate(class_names or ())))}
-    if _plain(text) in names and not _INDEX.fullmatch(text.strip()):  # a name may hold commas
+    if _plain(text) in names and not re.fullmatch(_INDEX, text.strip()):  # a name may hold commas
         return [names[_plain(text)]]
     labels: list[int] = []
-    for part in filter(None, map(str.strip, _PART.findall(text))):
+    for part in filter(None, map(str.strip, re.findall(_PART, text))):
         quoted = len(part) > 1 and part[0] == part[-1] == '"'
         labels += [_named(part[1:-1], names, num_classes)] if quoted else _read(part, names, num_classes)
     if not labels:
@@ -41,7 +41,7 @@ def _plain(name: str) -> str:
 
 def _read(part: str, names: dict[str, int], num_classes: int) -> list[int]:
     """The classes that a part without quotes means."""
-    span, named = _INDEX.fullmatch(part), names.get(_plain(part))
+    span, named = re.fullmatch(_INDEX, part), names.get(_plain(part))
     if span is None:
         return [_named(part, names, num_classes)]
     first, last = int(span[1]), int(span[2] or span[1])

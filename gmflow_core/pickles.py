@@ -25,7 +25,7 @@ MAX_OPCODES = 4_000_000
 LEGACY_PICKLES = 5          # before the storages of a file without zip: magic, protocol, system, content, keys
 
 # Everything that torch.save writes for plain tensors and values, as "module name".
-_PLAIN = re.compile(
+_PLAIN = (
     r"collections OrderedDict|_codecs encode|(?:__builtin__|builtins) (?:set|complex)|"
     r"torch (?:Size|device|bool|half|double|(?:u?int|b?float|complex)\d\w*)|torch(?:\.cuda)? [A-Z]\w*Storage|"
     r"torch\.storage (?:Untyped|Typed)Storage|torch\.nn\.parameter Parameter|"
@@ -99,7 +99,7 @@ def check_stream(path: Path) -> None:
 def check_plain(path: Path, pickle: BinaryIO) -> None:
     """CheckpointError if a pickle names a class or function that plain tensors and values do not need. Runs nothing."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
-        if opcode.name in ("GLOBAL", "INST") and not _PLAIN.fullmatch(argument):
+        if opcode.name in ("GLOBAL", "INST") and not re.fullmatch(_PLAIN, argument):
             name = shown(argument.replace(" ", ".", 1))
             tensors = argument.startswith(("torch._utils ", "torch._tensor "))
             kind = "tensors that are not plain" if tensors else "Python code or objects"
