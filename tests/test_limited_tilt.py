@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import ExactPrior, random_mixture
 
-from gmflow_core import Gaussian, GaussianMixture, SecondOrder, reanchor
+from gmflow_core import Checkpoint, Gaussian, GaussianMixture, GMDiT, GMDiTConfig, SecondOrder, reanchor
 from gmflow_core.guidance import (
     biased_target,
     guide_probabilistic,
@@ -16,7 +16,9 @@ from gmflow_core.guidance import (
     tilt_toward,
     unguided,
 )
+from gmflow_core.model import LatentSpace
 from gmflow_core.solver import SolverHistory, correct
+from train.evaluate.gain import gain_of, measure_gains
 
 
 def covariance(mixture):
@@ -145,3 +147,28 @@ def test_other_names_are_refused(rng):
         SecondOrder(tilt="soft")
     with pytest.raises(ValueError, match="tilt must be one of"):
         guide_probabilistic(random_mixture(rng), random_mixture(rng), 0.3, tilt="soft")
+
+
+# ---- the measurement of the gain -----------------------------------------------------------------
+
+def test_gain_of():
+    bias = torch.tensor([[[1.0, 2.0]]])
+    assert gain_of(3 * bias, bias) == pytest.approx(3)
+    assert gain_of(torch.tensor([[[2.0, -1.0]]]), bias) == pytest.approx(0)  # across it
+
+
+def test_gains_of_one_component_are_one():
+    """With K = 1 the tilt moves every mean as far as asked, whatever it is called."""
+    torch.manual_seed(0)
+    config = GMDiTConfig(num_classes=3, num_gaussians=1, in_channels=3, sample_size=8, patch_size=4,
+                         num_layers=1, num_heads=1, head_dim=16, logstd_width=8)
+    model = GMDiT(config).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.1)
+    checkpoint = Checkpoint(model, None, config, None, LatentSpace("rgb"))
+    rows = measure_gains(checkpoint, 4, 5, 0.0, 0, "published").rows
+    assert [sigma for sigma, _, _ in rows] == [0.75, 0.5, 0.25]
+    for _, first_order, gains in rows:
+        assert first_order == pytest.approx(1, abs=1e-4)
+        assert gains["limited"] == pytest.approx(gains["published"], abs=1e-4)
+        assert 0 < gains["published"] <= 1 + 1e-4  # less than one where v' is smaller than v_c
