@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..gmflow_core import Guided, Mixture, guide_cfg, guide_probabilistic
-from ..gmflow_core.guidance import PUBLISHED_SCALE, check_guidance
+from ..gmflow_core.guidance import PUBLISHED_SCALE, check_guidance, check_tilt
+from ..gmflow_core.sampler import GUIDANCE_TILT
 
 METHODS = ("probabilistic", "vanilla CFG")
 
@@ -19,11 +20,13 @@ class Guidance:
     method: str = "probabilistic"
     cfg_scale: float = 4.0
     interval: tuple[float, float] = (1.0, 0.0)
+    tilt: str = GUIDANCE_TILT
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         check_guidance(self.scale, self.orthogonal)
+        check_tilt(self.tilt)
         if not self.cfg_scale >= 1:
             raise ValueError(f"cfg_scale must be >= 1 (1 is none), got {self.cfg_scale}")
         start, end = self.interval
@@ -37,5 +40,5 @@ class Guidance:
 
     def __call__(self, cond: Mixture, uncond: Mixture) -> Guided:
         if self.method == METHODS[0]:
-            return guide_probabilistic(cond, uncond, self.scale, self.orthogonal)
+            return guide_probabilistic(cond, uncond, self.scale, self.orthogonal, self.tilt)
         return guide_cfg(cond, uncond, self.cfg_scale)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..gmflow_core import SecondOrder, flow_sigmas
-from ..gmflow_core.guidance import PUBLISHED_SCALE
-from ..gmflow_core.sampler import SOLVERS, SamplerOptions
+from ..gmflow_core.guidance import PUBLISHED_SCALE, TILTS
+from ..gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
 from . import host
 from .guidance import METHODS, Guidance
 from .schema import GMTrace, advanced, schema, seed
@@ -28,6 +28,10 @@ DENOISE = "1 paints from pure noise; below 1 starts from a partly noised input i
 TEMPERATURE = ("Below 1 sharpens the mixture (less variety), above 1 flattens it. 1 is the model as trained. 0 is the model's own: 1, and for "
                "adapters 0.1 (steps - 1), at most 1. Adapters take none in the last step.")
 NEGATIVE = "What to be guided away from. Left open: the null label, as trained; models with an adapter have none, and are not guided then."
+TILT = ("Second order: published moves the pixels that are most undecided several times further than asked; limited moves none "
+        "further, which paints better from a few steps on.")
+GUIDANCE_TILT_TIP = ("How guidance tilts the mixture: published, which its scale is made for, or limited, which moves no pixel further "
+                     "than asked and bears larger scales.")
 TRACE = ("What the mixture believed at every step, for GMFlow Inspector. Recorded only if something asks for it: of the first four "
          "images, in main memory, up to 6 K (C + 1) H W bytes an image and step (the digits 0.2 MB a step, 64 x 64 x 4 with K 8 4 MB).")
 
@@ -58,6 +62,10 @@ def order_input():
 
 def temperature_input():
     return advanced(io.Float.Input("temperature", default=1.0, min=0.0, max=4.0, step=0.05, round=False, tooltip=TEMPERATURE))
+
+
+def tilt_input(default: str, tooltip: str):
+    return advanced(io.Combo.Input("tilt", options=list(TILTS), default=default, optional=True, tooltip=tooltip))
 
 
 def shift_input():
@@ -129,6 +137,7 @@ class GMFlowGuider(io.ComfyNode):
                 advanced(io.Float.Input("cfg_scale", default=4.0, min=1.0, max=100.0, step=0.1, round=False,
                                         tooltip="Only for vanilla CFG: its scale, 1 is none.")),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
+                tilt_input(GUIDANCE_TILT, GUIDANCE_TILT_TIP),
             ],
             [io.Guider.Output(tooltip="For every node that takes a GUIDER.")],
             search_aliases=["gmflow", "probabilistic guidance", "guider", "cfg"],
@@ -136,10 +145,10 @@ class GMFlowGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, guidance, orthogonal, start_percent, end_percent, method, cfg_scale,
-                negative=None) -> io.NodeOutput:
+                negative=None, tilt=GUIDANCE_TILT) -> io.NodeOutput:
         host.require_gmflow(model)
         interval = (host.percent_to_sigma(model, start_percent), host.percent_to_sigma(model, end_percent))
-        settings = Guidance(guidance, orthogonal, method, cfg_scale, interval)
+        settings = Guidance(guidance, orthogonal, method, cfg_scale, interval, tilt)
         return io.NodeOutput(host.make_guider(model, positive, negative, settings))
 
 
@@ -149,16 +158,20 @@ class SamplerGMFlowODE(io.ComfyNode):
         return schema(
             "SamplerGMFlowODE", "Sampler GM-ODE",
             "GM-ODE: deterministic. Between two network evaluations it follows the mixture analytically in many substeps.",
-            [order_input(), substeps_input(), *second_order_inputs(), temperature_input(), shift_input()],
+            [
+                order_input(), substeps_input(), *second_order_inputs(), temperature_input(), shift_input(),
+                tilt_input(SECOND_ORDER_TILT, TILT),
+            ],
             [io.Sampler.Output(tooltip="For every node that takes a SAMPLER; needs a GMFlow model.")],
             search_aliases=["gmflow", "gm-ode", "ode sampler", "gaussian mixture"],
         )
 
     @classmethod
-    def execute(cls, order, substeps, c_a, c_b, correction_steps, temperature, shift) -> io.NodeOutput:
+    def execute(cls, order, substeps, c_a, c_b, correction_steps, temperature, shift,
+                tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
+        second_order = SecondOrder(c_a, c_b, correction_steps, tilt)
         options = SamplerOptions(
-            "gm-ode", order, substeps, second_order=SecondOrder(c_a, c_b, correction_steps), temperature=temperature,
-            shift=shift,
+            "gm-ode", order, substeps, second_order=second_order, temperature=temperature, shift=shift
         )
         return io.NodeOutput(host.make_sampler(options))
 
@@ -175,18 +188,16 @@ class SamplerGMFlowSDE(io.ComfyNode):
                 io.Boolean.Input("spectral", default=True,
                                  tooltip="Spectral sampling: neighbouring pixels are drawn together, so that few steps stay smooth. "
                                          "Needs a spectrum network in the checkpoint, and is off without."),
-                *second_order_inputs(), temperature_input(),
+                *second_order_inputs(), temperature_input(), tilt_input(SECOND_ORDER_TILT, TILT),
             ],
             [io.Sampler.Output(tooltip="For every node that takes a SAMPLER; needs a GMFlow model.")],
             search_aliases=["gmflow", "gm-sde", "sde sampler", "gaussian mixture", "spectral"],
         )
 
     @classmethod
-    def execute(cls, order, spectral, c_a, c_b, correction_steps, temperature) -> io.NodeOutput:
-        options = SamplerOptions(
-            "gm-sde", order, spectral=spectral, second_order=SecondOrder(c_a, c_b, correction_steps),
-            temperature=temperature,
-        )
+    def execute(cls, order, spectral, c_a, c_b, correction_steps, temperature, tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
+        second_order = SecondOrder(c_a, c_b, correction_steps, tilt)
+        options = SamplerOptions("gm-sde", order, spectral=spectral, second_order=second_order, temperature=temperature)
         return io.NodeOutput(host.make_sampler(options))
 
 
@@ -212,6 +223,7 @@ class GMFlowKSampler(io.ComfyNode):
                 shift_input(),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
                 final_step_input(),
+                tilt_input(SECOND_ORDER_TILT, TILT),
             ],
             [io.Latent.Output(display_name="latent", tooltip="The images, to decode."), GMTrace.Output(display_name="trace", tooltip=TRACE)],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -220,10 +232,12 @@ class GMFlowKSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order, orthogonal, shift,
-                negative=None, final_step=0.0) -> io.NodeOutput:
+                negative=None, final_step=0.0, tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
         sigmas = sigmas_of(model, steps, shift, denoise, final_step)
         guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
-        sampler = host.make_sampler(SamplerOptions(solver_named(solver), order, substeps, temperature=0.0, shift=shift))
+        sampler = host.make_sampler(SamplerOptions(
+            solver_named(solver), order, substeps, second_order=SecondOrder(tilt=tilt), temperature=0.0, shift=shift
+        ))
         noise = host.SeedNoise(seed)
         source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), model)
         latent, _ = source.sample(cls.hidden, slot=1)
