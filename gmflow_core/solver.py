@@ -19,6 +19,8 @@ from .path import Reanchoring, add_noise, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
 from .spectral import color_noise, gaussian_to_mixture
 
+SMALLEST = 1e-12  # of a sigma: float32 still holds 1 / sigma^2
+
 NoiseSampler = Callable[[float, float], Tensor]  # (sigma, sigma_next) -> standard normal like x
 Spectrum = Callable[[Gaussian], Tensor]          # Gaussian that the posterior was tilted toward -> log power (B,C,*S)
 
@@ -207,6 +209,7 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
         raise ValueError(f"order must be 1 or 2, got {order}")
     grid = check_sigmas(sigmas)
     temperatures = per_step("temperature", temperature, len(grid) - 1)
+    x = x.float() if x.dtype.itemsize < 4 else x  # mixtures know no half precision
     history = None
     if inpaint is not None:
         x = inpaint(x, grid[0])
@@ -232,10 +235,12 @@ def per_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[
 
 
 def check_sigmas(sigmas: Tensor) -> list[float]:
-    """The sigmas as floats, or ValueError: at least two, falling strictly, within [0, 1]."""
+    """The sigmas as floats, or ValueError: at least two, falling strictly, within [0, 1], 0 or no less than SMALLEST."""
     grid = [float(s) for s in sigmas]
     if len(grid) < 2:
         raise ValueError(f"sigmas must hold at least two values (one step), got {grid}")
     if not all(a > b for a, b in zip(grid, grid[1:])) or grid[0] > 1 or grid[-1] < 0:
         raise ValueError(f"sigmas must fall strictly within [0, 1], got {grid}")
+    if any(0 < sigma < SMALLEST for sigma in grid):
+        raise ValueError(f"sigmas must be 0 or at least {SMALLEST:g}, got {min(s for s in grid if s > 0):g}")
     return grid

@@ -278,3 +278,19 @@ def test_unguided_denoisers_may_have_one_component(x):
         return unguided(GaussianMixture(0.5 * x.unsqueeze(1), logits, torch.zeros(3, 1, 1, 1, 1)))
 
     assert run("sde2", denoiser, x, flow_sigmas(3)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", [sample_gm_ode, sample_gm_sde])
+def test_half_precision_noise_is_computed_in_float32(dtype, solver):
+    torch.manual_seed(0)
+    x, sigmas = torch.randn(2, 3, 4, 4).to(dtype), flow_sigmas(3)
+    noise = lambda s, t: torch.ones(2, 3, 4, 4)  # noqa: E731
+    options = {"substeps": 3} if solver is sample_gm_ode else {"noise_sampler": noise}
+    sample = solver(PRIOR.denoiser, x, sigmas, **options)
+    assert sample.dtype == torch.float32 and torch.equal(sample, solver(PRIOR.denoiser, x.float(), sigmas, **options))
+
+
+def test_sigmas_that_float32_cannot_square():
+    with pytest.raises(ValueError, match="0 or at least 1e-12, got 1e-20"):
+        sample_gm_ode(PRIOR.denoiser, torch.zeros(1, 3, 4, 4), torch.tensor([1.0, 1e-20, 0.0]))
