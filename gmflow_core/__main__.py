@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from .cli import Parser, UsageError, number, open_device, run_command, sample_images
+from .cli import Parser, UsageError, number, open_device, read_evidence, run_command, sample_images
 from .guidance import TILTS
 from .sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
 from .solver import SecondOrder
@@ -74,6 +74,13 @@ def add_sampling(parser) -> None:
     parser.add_argument("--orthogonal", type=number(float, 0, 1), default=1.0, help="orthogonal projection (default 1)")
     parser.add_argument("--temperature", type=number(float, 1e-3, 1e3), default=1.0)
     parser.add_argument("--no-spectrum", action="store_true", help="GM-SDE with white noise")
+    parser.add_argument("--hint", type=Path, metavar="PNG", help="a picture of the model's size whose colours are known where its alpha is not 0")
+    parser.add_argument("--hint-std", type=number(float, 1e-4, 100), default=0.05, help="how far they may be off, of [-1, 1] (default 0.05)")
+    parser.add_argument("--grey", type=Path, metavar="PNG", help="likewise, but only the mean of the channels is known")
+    parser.add_argument("--grey-std", type=number(float, 1e-4, 100), default=0.05, help="likewise (default 0.05)")
+    parser.add_argument("--small", type=Path, metavar="PNG", help="a picture whose pixels are the means of the image's blocks")
+    parser.add_argument("--small-std", type=number(float, 1e-4, 100), default=0.02, help="likewise (default 0.02)")
+    parser.add_argument("--no-propagate", action="store_true", help="leave out the echo that carries them to other pixels (half the calls)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (default cpu)")
 
@@ -115,6 +122,7 @@ def run_sample(args) -> None:
     checkpoint, labels = open_checkpoint(args)
     if (args.labels is None) == (args.count is None):
         raise UsageError("give either --labels (one image each) or --count (images without a class)")
+    evidence = read_evidence(args, checkpoint)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("grid.png", "samples.safetensors"):
         remove_remains(args.out / name)
@@ -124,7 +132,8 @@ def run_sample(args) -> None:
     start = time.perf_counter()
     with tqdm(total=batches * args.steps, unit="step", desc=args.solver) as bar:
         images = sample_as_asked(
-            args, checkpoint, labels, count=args.count, batch_size=args.batch_size, callback=lambda step: bar.update()
+            args, checkpoint, labels, count=args.count, batch_size=args.batch_size, evidence=evidence,
+            callback=lambda step: bar.update(),
         )
     seconds = time.perf_counter() - start
     if images.ndim == 2:
@@ -159,7 +168,7 @@ def run_inspect(args) -> None:
     kind = args.out.suffix.lower()
     check_inspection(args, kind, len(labels), checkpoint.config.sample_size)
     recorder = Recorder(images=len(labels))
-    sample_as_asked(args, checkpoint, labels, batch_size=len(labels), callback=recorder)
+    sample_as_asked(args, checkpoint, labels, batch_size=len(labels), evidence=read_evidence(args, checkpoint), callback=recorder)
     trace = recorder.trace()
     pixel = args.pixel and tuple(args.pixel)
     moving = kind in (".gif", ".webp")

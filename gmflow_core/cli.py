@@ -7,14 +7,18 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .denoiser import GMDenoiser
+from .echo import Conditioned
+from .evidence import Evidence
 from .files import one_line
 from .guidance import PUBLISHED_SCALE
+from .hints import hint, small_picture
 from .noise import ImageNoise
 from .sampler import SamplerOptions, sample
 from .schedule import flow_sigmas
@@ -90,6 +94,7 @@ def sample_images(
     guidance: float = PUBLISHED_SCALE,
     orthogonal: float = 1.0,
     guidance_tilt: str = "published",
+    evidence: Evidence | Conditioned | None = None,
     seed: int = 0,
     batch_size: int = 64,
     callback=None,
@@ -103,7 +108,7 @@ def sample_images(
         noise = ImageNoise(seed, indices, sample_shape(checkpoint), device)
         chosen = None if labels is None else torch.tensor([labels[i] for i in indices], device=device)
         scale = guidance if labels is not None else 0.0
-        denoiser = GMDenoiser(checkpoint.model, chosen, scale, orthogonal, tilt=guidance_tilt)
+        denoiser = GMDenoiser(checkpoint.model, chosen, scale, orthogonal, tilt=guidance_tilt, evidence=evidence)
         x = sample(
             denoiser, noise(), sigmas, options, spectrum=checkpoint.spectrum, noise_sampler=noise, callback=callback
         )
@@ -116,3 +121,46 @@ def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
     config = checkpoint.config
     size = config.sample_size
     return (config.in_channels,) if size is None else (config.in_channels, size, size)
+
+
+# ---- pictures as evidence ----------------------------------------------------------------------
+
+def read_picture(path: Path, option: str) -> tuple[Tensor, Tensor]:
+    """A picture (1,3,H,W) in [-1, 1] and its alpha (1,1,H,W) in [0, 1]. UsageError for what is none."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"{option} {path}: cannot be read as a picture ({error})") from None
+    rgba = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return 2 * rgba[:, :3] - 1, rgba[:, 3:]
+
+
+def read_evidence(args, checkpoint: Checkpoint) -> Conditioned | None:
+    """What --hint, --grey and --small say; None if nothing was given. UsageError for pictures that do not suit the model."""
+    files = {name: getattr(args, name) for name in ("hint", "grey", "small")}
+    if not any(files.values()):
+        return None
+    config, found = checkpoint.config, None
+    if config.sample_size is None or config.in_channels != 3 or checkpoint.latent_space.kind != "rgb":
+        raise UsageError("--hint, --grey and --small are about RGB pictures, and this model makes none")
+    size = (config.sample_size, config.sample_size)
+    for name, path in files.items():
+        if path is None:
+            continue
+        picture, alpha = read_picture(path, f"--{name}")
+        if name != "small" and tuple(picture.shape[-2:]) != size:
+            raise UsageError(f"--{name} {path}: {picture.shape[-1]} x {picture.shape[-2]} pixels; this model makes {size[1]} x {size[0]}")
+        try:
+            if name == "small":
+                part = small_picture(picture, size, args.small_std)
+            else:
+                kind = "colour" if name == "hint" else "brightness"
+                part = hint(picture, alpha, kind, args.hint_std if name == "hint" else args.grey_std)
+        except ValueError as error:
+            raise UsageError(f"--{name} {path}: {error}") from None
+        found = part if found is None else found + part
+    return Conditioned(found, propagate=not args.no_propagate)

@@ -71,15 +71,15 @@ class Gaussian:
 def turn(x: Tensor, axes: Tensor) -> Tensor:
     """Coordinates along axes (B,C,C,*S) of vectors x (B,C,*S) or (B,n,C,*S): axes^T x, like x."""
     if x.ndim < axes.ndim:
-        return torch.einsum("bcj...,bc...->bj...", axes, x)
-    return torch.einsum("bcj...,bnc...->bnj...", axes, x)
+        return torch.einsum("bcj...,bc...->bj...", axes, x).contiguous()
+    return torch.einsum("bcj...,bnc...->bnj...", axes, x).contiguous()
 
 
 def turn_back(y: Tensor, axes: Tensor) -> Tensor:
     """Vectors of coordinates y (B,C,*S) or (B,n,C,*S) along axes (B,C,C,*S): axes y, like y."""
     if y.ndim < axes.ndim:
-        return torch.einsum("bcj...,bj...->bc...", axes, y)
-    return torch.einsum("bcj...,bnj...->bnc...", axes, y)
+        return torch.einsum("bcj...,bj...->bc...", axes, y).contiguous()
+    return torch.einsum("bcj...,bnj...->bnc...", axes, y).contiguous()
 
 
 def axes_along(direction: Tensor) -> Tensor:

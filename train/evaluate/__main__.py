@@ -229,7 +229,8 @@ def save_shown(out: Path, row: dict, images: Tensor) -> None:
 # ---- the command -------------------------------------------------------------------------------
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("``")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("``")[0],
+                                     epilog="Of evidence (hints, grey and small pictures): --evidence TASK ..., see --evidence half --help")
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--data", required=True,
                         help="real images: digits, a folder with a subfolder for each class, or ADM's .npz")
@@ -278,6 +279,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if any(word.split("=")[0] == "--evidence" for word in (sys.argv[1:] if arguments is None else arguments)):
+        from .evidence import main as evaluate_evidence
+
+        return evaluate_evidence(arguments)
     args = parse(arguments)
     try:
         results = sweep(args)

@@ -37,15 +37,25 @@ def hues(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(chroma > 0.1, 60 * sector, torch.nan), high >= INKED
 
 
-def hue_figures(images: Tensor) -> dict[str, float]:
-    """Of inked pixels: the share within 15 degrees of any ink, and of their own image's ink; and the inks' shares."""
+def ink_votes(images: Tensor) -> tuple[Tensor, Tensor]:
+    """How many inked pixels are within 15 degrees of each ink (N,6), and how many there are in all."""
     hue, inked = hues(images)
     centres = torch.arange(len(INKS)) * 60.0
     distance = (hue.unsqueeze(-1) - centres).abs()
     near = torch.minimum(distance, 360 - distance) <= HUE_TOLERANCE           # (N,H,W,6)
     near = near & inked.unsqueeze(-1)
-    votes = near.sum((1, 2))                                                  # (N,6)
-    total = inked.sum()
+    return near.sum((1, 2)), inked.sum()
+
+
+def dominant_inks(images: Tensor) -> Tensor:
+    """The ink of most inked pixels, as an index of INKS; -1 where no pixel has any. (N,)"""
+    votes, _ = ink_votes(images)
+    return torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
+
+
+def hue_figures(images: Tensor) -> dict[str, float]:
+    """Of inked pixels: the share within 15 degrees of any ink, and of their own image's ink; and the inks' shares."""
+    votes, total = ink_votes(images)
     shares = torch.bincount(votes.argmax(1), minlength=len(INKS)) / len(images)
     return {
         "on_palette": (votes.sum() / total).item(),
