@@ -95,6 +95,15 @@ def test_the_readme_is_short():
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_the_architecture_names_every_module():
+    """By its file, or by its name in the table of its folder."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = ("gmflow_core", "nodes", "train", "workflows")
+    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if path.stem != "__init__"]
+    assert not [str(p) for p in modules if f"`{p.stem}`" not in text and f"`{p.name}`" not in text]
+    assert set(re.findall(r"`(\w+\.py)`", text)) <= {path.name for path in modules} | {"__init__.py"}
+
+
 # ---- commands ----------------------------------------------------------------------------------
 
 def commands() -> list:
