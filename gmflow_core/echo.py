@@ -161,10 +161,11 @@ def posteriors_given(given: Conditioned, ask: Ask, x: Tensor, sigma: float) -> l
     if not (given.propagate and sigma > given.until):
         return [posterior.tilt(given.factor(posterior)) for posterior in ask([seen], _sigma(s))]
     images = heard.expand_as(x[:, :1]).flatten(1).any(1).tolist()
-    s = [min(value, FIRST_SIGMA) if hears else value for value, hears in zip(s, images)]
+    s = [min(value, FIRST_SIGMA) if hears else value for value, hears in zip(s, images, strict=True)]
     level = per_sample(seen.new_tensor(s), seen)
     echoes = [Echo.of(posterior, given, heard, level) for posterior in ask([seen], _sigma(s))]
-    return [echo.answer(given, again) for echo, again in zip(echoes, ask([seen + e.delta for e in echoes], _sigma(s)))]
+    heard_again = ask([seen + e.delta for e in echoes], _sigma(s))
+    return [echo.answer(given, again) for echo, again in zip(echoes, heard_again, strict=True)]
 
 
 def absorb(uniform: PixelEvidence | None, x: Tensor, sigma: float) -> tuple[Tensor, list[float]]:
@@ -199,7 +200,7 @@ class Echo:
         mean = posterior.mean()
         moved = posterior.tilted_mean(given.factor(posterior)) - mean
         h = solve(posterior.pixel_covariance(), moved) * heard
-        delta = h * torch.where(sigma < 1, sigma.square() / (1 - sigma), 0)  # images that hear none may be at pure noise
+        delta = h * torch.where(sigma < 1, sigma.square() / (1 - sigma), 0)  # who hears none may be at pure noise
         farthest = delta.square().mean(1, keepdim=True).sqrt()
         farthest = farthest.amax(space_axes(farthest, 1), keepdim=True)                 # (B,1,*1)
         share = (given.limit * sigma / farthest).clamp(max=1)

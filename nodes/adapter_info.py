@@ -121,7 +121,8 @@ _FLUX2 = [
     (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2", None),
     (r"((?:double_stream|single_stream)_modulation(?:_img|_txt)?)\.linear", r"\1.lin", None),
 ]
-_NAMES = {"FLUX.1": _FLUX, "FLUX.2": _FLUX2, "Qwen-Image": [(r"(.+)", r"\1", None)]}  # Qwen-Image's names are diffusers' own
+# Qwen-Image's names are diffusers' own.
+_NAMES = {"FLUX.1": _FLUX, "FLUX.2": _FLUX2, "Qwen-Image": [(r"(.+)", r"\1", None)]}
 
 
 def host_module(family: Family, module: str, width: int) -> tuple[str, tuple[int, int] | None] | None:

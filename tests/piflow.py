@@ -3,9 +3,8 @@ and the authors' outputs."""
 
 from __future__ import annotations
 
-from safetensors.torch import load_file, save_file
-
 from recorded import DATA, load
+from safetensors.torch import load_file, save_file
 
 FAMILIES = {"gmflux_tiny": "FLUX.1", "gmqwen_tiny": "Qwen-Image", "gmflux2_tiny": "FLUX.2"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

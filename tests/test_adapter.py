@@ -262,7 +262,8 @@ def test_heads_against_the_authors_network(name):
     got = unpack_mixture(packed, adapter.heads.components)
     torch.testing.assert_close(got.means, r["means"], rtol=0, atol=1e-5)
     torch.testing.assert_close(got.log_weights, r["logweights"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(got.log_std, r["logstds"], rtol=0, atol=2e-6)  # the sinusoids' rounding; 1e-6 in the host's tests
+    # The sinusoids' rounding; 1e-6 in the host's tests.
+    torch.testing.assert_close(got.log_std, r["logstds"], rtol=0, atol=2e-6)
     torch.testing.assert_close(got.mean(), r["mean"], rtol=0, atol=1e-5)
 
 

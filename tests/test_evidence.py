@@ -8,17 +8,30 @@ import pytest
 import torch
 from oracle import random_mixture
 from recorded import assert_same_mixture, small_network
+from test_denoiser import Counting
 from torch import Tensor
 
 from gmflow_core import (
-    BlockEvidence, Conditioned, DirectionEvidence, GaussianFactor, GaussianMixture, GMDenoiser, Inpaint, PixelEvidence,
-    condition, flow_sigmas, guide_cfg, guide_probabilistic, sample_gm_ode, sample_gm_sde, unguided,
+    BlockEvidence,
+    Conditioned,
+    DirectionEvidence,
+    GaussianFactor,
+    GaussianMixture,
+    GMDenoiser,
+    Inpaint,
+    PixelEvidence,
+    condition,
+    flow_sigmas,
+    guide_cfg,
+    guide_probabilistic,
+    sample_gm_ode,
+    sample_gm_sde,
+    unguided,
 )
 from gmflow_core.echo import absorb
 from gmflow_core.inspection.statistics import statistics
 from gmflow_core.inspection.trace import Recorder
 from gmflow_core.inspection.views import VIEWS, draw
-from test_denoiser import Counting
 
 F64 = torch.float64
 
@@ -100,7 +113,8 @@ def test_two_hues_in_one_picture(rng):
     colours = [unit(normal(rng, 1, 3, 1)) for _ in range(2)]
     side = torch.eye(2, dtype=F64).reshape(2, 1, 1, 2)
     black = torch.zeros(1, 3, 2, dtype=F64)
-    parts = [PixelEvidence(black, 4 * s) + DirectionEvidence(black[:, :1], c, -4 * s) for c, s in zip(colours, side)]
+    parts = [PixelEvidence(black, 4 * s) + DirectionEvidence(black[:, :1], c, -4 * s)
+             for c, s in zip(colours, side, strict=True)]
     tilted = m.tilt((parts[0] + parts[1]).factor(m))
     for i, colour in enumerate(colours):
         alone = GaussianMixture(m.means[..., i : i + 1], m.log_weights[..., i : i + 1], m.log_std)
@@ -365,7 +379,7 @@ def test_evidence_of_one_image_leaves_the_others_alone(rng, propagate):
 def rows(prior, x, sigma):
     """The prior's posterior at a sigma for each image."""
     sigmas = torch.as_tensor(sigma, dtype=F64).expand(len(x)).tolist()
-    parts = [prior.posterior(row[None], s) for row, s in zip(x, sigmas)]
+    parts = [prior.posterior(row[None], s) for row, s in zip(x, sigmas, strict=True)]
     return GaussianMixture(*(torch.cat([getattr(p, n) for p in parts]) for n in ("means", "log_weights", "log_std")))
 
 
@@ -452,7 +466,8 @@ def test_every_solver_takes_every_evidence(network, rng, solver, order, kind):
     with torch.inference_mode():
         for given in (None, evidence):
             denoiser = GMDenoiser(network, torch.tensor([3, 7]), 0.3, evidence=given)
-            noise = lambda s, t, g=torch.Generator().manual_seed(1): torch.randn(x.shape, generator=g)  # noqa: E731
+            generator = torch.Generator().manual_seed(1)
+            noise = lambda s, t, g=generator: torch.randn(x.shape, generator=g)  # noqa: E731
             settings = dict(order=order, inpaint=keep)
             out = (sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=4, **settings) if solver == "ode"
                    else sample_gm_sde(denoiser, x, flow_sigmas(3), noise_sampler=noise, **settings))

@@ -73,7 +73,8 @@ def costly_files(folder: Path, training: dict):
     """Paths of small files that ask for gigabytes, each with words of the right answer."""
     state = training["state_dict"]
     for i, (name, value) in enumerate((
-        ("emb.class_embedder.embedding_table.weight", torch.zeros(1, 32).expand(10**7, 32)),  # 1.3 GB, ten million classes
+        # 1.3 GB, ten million classes
+        ("emb.class_embedder.embedding_table.weight", torch.zeros(1, 32).expand(10**7, 32)),
         ("pos_embed.pos_embed", torch.zeros(1).expand(1, 4_000_000, 32)),
         ("proj_out_1.weight", torch.zeros(1).as_strided((64, 10**7), (0, 0))),
     )):
@@ -451,7 +452,8 @@ for _ in range(count):
     for _ in range(dice.choice((1, 1, 2, 8, 64))):
         # Names and numbers are at the ends; weights are a dull place to change.
         end = dice.random() < 0.9
-        at = dice.choice((dice.randrange(keep), len(data) - 1 - dice.randrange(keep))) if end else dice.randrange(len(data))
+        ends = dice.randrange(keep), len(data) - 1 - dice.randrange(keep)
+        at = dice.choice(ends) if end else dice.randrange(len(data))
         kind = dice.randrange(5)
         if kind == 0: data[at] ^= 1 << dice.randrange(8)
         elif kind == 1: data[at] = dice.choice(b"\\0\\xff09{}[],:\\x80.R")

@@ -42,10 +42,10 @@ def dense_tilt(m, *factors):
     matrices."""
     last = lambda t, *axes: t.movedim(axes, tuple(range(-len(axes), 0)))  # noqa: E731
     c = m.channels
-    v = last(m.var.expand(m.mean().shape), 1)[..., None, :]                                       # (B,*S,1,C)
-    means, logits = last(m.means, 1, 2), last(m.log_weights.squeeze(2), 1)                         # (B,*S,K,C), (B,*S,K)
-    matrix = sum(dense_precision(f, c, m) for f in factors)[..., None, :, :]                       # (B,*S,1,C,C)
-    shift = sum(last(f.shift, 1) for f in factors)[..., None, :]                                   # (B,*S,1,C)
+    v = last(m.var.expand(m.mean().shape), 1)[..., None, :]                                    # (B,*S,1,C)
+    means, logits = last(m.means, 1, 2), last(m.log_weights.squeeze(2), 1)                     # (B,*S,K,C), (B,*S,K)
+    matrix = sum(dense_precision(f, c, m) for f in factors)[..., None, :, :]                   # (B,*S,1,C,C)
+    shift = sum(last(f.shift, 1) for f in factors)[..., None, :]                               # (B,*S,1,C)
     cov = torch.linalg.inv(torch.diag_embed(1 / v) + matrix)
     tilted = (cov @ (means / v + shift)[..., None])[..., 0]
     # N(x; mean, v) exp(h.x - x.Lambda x / 2) integrates to this, up to what all components share.

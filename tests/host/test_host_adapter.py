@@ -5,14 +5,13 @@ The bases are ComfyUI's own classes (tiny_pack/tiny.py), the adapters the publis
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHECKOUTS
-from hosting import MISSING, ROOT, Graph, Host, Node, version
-from safetensors.torch import load_file, save_file
+from hosting import MISSING, ROOT, Host, Node, version
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 DATA = ROOT / "tests" / "data" / "piflow"
