@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import check_finite
-from .foreign import is_dit, recognise
 from .files import CheckpointError, State, is_safetensors, looks_like, one_line, read_head, read_safetensors
+from .foreign import is_dit, recognise
 from .model import pack_mixture
 
 PATCH = 2     # a token is 2 x 2 pixels of the space that the mixture lives in, in all families

@@ -62,4 +62,5 @@ def format_info(info: dict) -> str:
     ) or "nothing recorded"
     if info["assumed"]:
         lines["assumed"] = info["assumed"]
-    return "\n".join([shown(info["path"], 400), *(f"  {name + ':':<12}{shown(text, 400)}" for name, text in lines.items())])
+    return "\n".join([shown(info["path"], 400),
+                      *(f"  {name + ':':<12}{shown(text, 400)}" for name, text in lines.items())])

@@ -3,8 +3,8 @@ r"""How a denoiser answers for p(x_0 | x_t, y) without training: tilt, absorptio
 A Gaussian likelihood of pixels is one more tilt of the posterior. A mixture per pixel says nothing of how pixels hang
 together, so a tilt moves the pixels that have evidence and no others. Two identities, exact for the joint posterior,
 carry it further. *Absorption*: evidence lambda_0 that every pixel has is a lower noise level. *Echo*: a linear factor
-exp(h.x_0) is a shift of the network's input; so the linear part of what is left goes in there, in one more call, and the
-network itself combines the evidence of all pixels. Exact sampling it is not: the rest is tilted pixel by pixel.
+exp(h.x_0) is a shift of the network's input; so the linear part of what is left goes in there, in one more call, and
+the network itself combines the evidence of all pixels. Exact sampling it is not: the rest is tilted pixel by pixel.
 Shapes: B batch, C channels, ``*S`` space, ``*1`` ones in its place.
 """
 
@@ -46,8 +46,8 @@ class Conditioned:
 
     def __post_init__(self) -> None:
         if not isinstance(self.evidence, Evidence):
-            raise ValueError(f"evidence: got a {type(self.evidence).__name__}; expected PixelEvidence, DirectionEvidence, "
-                             "BlockEvidence or a sum of them")
+            raise ValueError(f"evidence: got a {type(self.evidence).__name__}; expected PixelEvidence, "
+                             "DirectionEvidence, BlockEvidence or a sum of them")
         if not 0 < self.limit < math.inf:
             raise ValueError(f"limit must be a number > 0, got {self.limit}")
         if not 0 <= self.until <= 1:
@@ -79,7 +79,8 @@ class Conditioned:
 
     @cached_property
     def uniform(self) -> PixelEvidence | None:
-        """The part of the colours' evidence that all pixels of an image have, precision (B,1,*1); None if no image has any."""
+        """The part of the colours' evidence that all pixels of an image have, precision (B,1,*1);
+        None if no image has any."""
         colours = [part.factor() for part in self.evidence.parts if isinstance(part, PixelEvidence)]
         if not colours:
             return None
@@ -118,7 +119,8 @@ class Conditioned:
                 raise ValueError(f"evidence: it is about images of shape {tuple(shape)} (channels, height, width), "
                                  f"and {tuple(x.shape[1:])} are sampled")
             if b not in (1, len(x)):
-                raise ValueError(f"evidence: it is about {b} images, and {len(x)} are sampled; give one for all, or one for each")
+                raise ValueError(f"evidence: it is about {b} images, and {len(x)} are sampled; "
+                                 "give one for all, or one for each")
 
     def factor(self, posterior: Mixture) -> GaussianFactor:
         """What is left after absorption, for every pixel of a posterior."""
@@ -127,12 +129,14 @@ class Conditioned:
         return with_blocks(rest, self._parts[1], posterior)
 
 
-def condition(denoiser: Callable[[Tensor, Any], Guided], evidence: Evidence | Conditioned) -> Callable[[Tensor, float], Guided]:
+def condition(denoiser: Callable[[Tensor, Any], Guided], evidence: Evidence | Conditioned) -> Callable[
+    [Tensor, float], Guided,
+]:
     """A denoiser that answers for p(x_0 | x_t, evidence): every solver, order and callback takes it as any other.
 
-    It asks ``denoiser`` once a step, with an echo twice, and conditions its posterior whatever guidance made it; evidence
-    before guidance is stronger (``GMDenoiser(..., evidence=...)``). Where images of a batch have different evidence,
-    sigma is a (B,) tensor.
+    It asks ``denoiser`` once a step, with an echo twice, and conditions its posterior whatever guidance made it;
+    evidence before guidance is stronger (``GMDenoiser(..., evidence=...)``). Where images of a batch have different
+    evidence, sigma is a (B,) tensor.
     """
     given = Conditioned.of(evidence)
 
@@ -157,10 +161,11 @@ def posteriors_given(given: Conditioned, ask: Ask, x: Tensor, sigma: float) -> l
     if not (given.propagate and sigma > given.until):
         return [posterior.tilt(given.factor(posterior)) for posterior in ask([seen], _sigma(s))]
     images = heard.expand_as(x[:, :1]).flatten(1).any(1).tolist()
-    s = [min(value, FIRST_SIGMA) if hears else value for value, hears in zip(s, images)]
+    s = [min(value, FIRST_SIGMA) if hears else value for value, hears in zip(s, images, strict=True)]
     level = per_sample(seen.new_tensor(s), seen)
     echoes = [Echo.of(posterior, given, heard, level) for posterior in ask([seen], _sigma(s))]
-    return [echo.answer(given, again) for echo, again in zip(echoes, ask([seen + e.delta for e in echoes], _sigma(s)))]
+    heard_again = ask([seen + e.delta for e in echoes], _sigma(s))
+    return [echo.answer(given, again) for echo, again in zip(echoes, heard_again, strict=True)]
 
 
 def absorb(uniform: PixelEvidence | None, x: Tensor, sigma: float) -> tuple[Tensor, list[float]]:
@@ -190,12 +195,12 @@ class Echo:
 
     @classmethod
     def of(cls, posterior: Mixture, given: Conditioned, heard: Tensor, sigma: Tensor) -> Echo:
-        r"""h = V^-1 (mean of the posterior tilted by the evidence - m), V the pixel's covariance; q(x_0 | x_t + delta) =
-        q(x_0 | x_t) exp(h.x_0)/Z with delta = (s^2/a) h; kappa = min(1, limit s / max_pixels rms(delta))."""
+        r"""h = V^-1 (mean of the posterior tilted by the evidence - m), V the pixel's covariance; q(x_0 | x_t + delta)
+        = q(x_0 | x_t) exp(h.x_0)/Z with delta = (s^2/a) h; kappa = min(1, limit s / max_pixels rms(delta))."""
         mean = posterior.mean()
         moved = posterior.tilted_mean(given.factor(posterior)) - mean
         h = solve(posterior.pixel_covariance(), moved) * heard
-        delta = h * torch.where(sigma < 1, sigma.square() / (1 - sigma), 0)  # images that hear none may be at pure noise
+        delta = h * torch.where(sigma < 1, sigma.square() / (1 - sigma), 0)  # who hears none may be at pure noise
         farthest = delta.square().mean(1, keepdim=True).sqrt()
         farthest = farthest.amax(space_axes(farthest, 1), keepdim=True)                 # (B,1,*1)
         share = (given.limit * sigma / farthest).clamp(max=1)
@@ -210,8 +215,8 @@ class Echo:
         return posterior
 
     def extrapolation(self, again: Mixture) -> Tensor:
-        r"""h_j = V'^-1 (1/kappa - 1)(m' - m) at the pixels without evidence: what the limit withheld, continued in a straight
-        line; the change of the mean is limited to sqrt(V') over the image."""
+        r"""h_j = V'^-1 (1/kappa - 1)(m' - m) at the pixels without evidence: what the limit withheld, continued in a
+        straight line; the change of the mean is limited to sqrt(V') over the image."""
         covariance = again.pixel_covariance()
         bias = (1 / self.share - 1) * (again.mean() - self.mean)
         var = covariance.diagonal(dim1=1, dim2=2).flatten(1).mean(1)                     # (B,)

@@ -38,7 +38,8 @@ def transition_pair(
     return sigma_low, x_low, forward_transition(x_low, noise_high, sigma_low, sigma)
 
 
-def transition_loss(velocity: GaussianMixture, x_high: Tensor, sigma: Tensor, x_low: Tensor, sigma_low: Tensor) -> Tensor:
+def transition_loss(velocity: GaussianMixture, x_high: Tensor, sigma: Tensor, x_low: Tensor,
+                    sigma_low: Tensor) -> Tensor:
     r"""NLL of x_low under the predicted q(x_low | x_high) (GMFlow, transition loss): (B,).
 
     At sigma_low = 0 it is the NLL of x_0 under the x_0 posterior: the plain KL loss.
@@ -63,8 +64,8 @@ def mean_loss(velocity: GaussianMixture, x_0: Tensor, x_t: Tensor, sigma: Tensor
 
 
 def spectral_loss(velocity: GaussianMixture, x_0: Tensor, x_t: Tensor, sigma: Tensor, spectrum) -> Tensor:
-    r"""Gaussian NLL of the Hartley coefficients of z = KR^-1(u) under the predicted spectrum (GMFlow, spectral sampling):
-    C/2 mean(y^2 (exp(-log_power) - 1) + log_power), y = Hartley(z). No gradient reaches the mixture: (B,).
+    r"""Gaussian NLL of the Hartley coefficients of z = KR^-1(u) under the predicted spectrum (GMFlow, spectral
+    sampling): C/2 mean(y^2 (exp(-log_power) - 1) + log_power), y = Hartley(z). No gradient reaches the mixture: (B,).
 
     u = (x_t - x_0)/sigma, z cut at Z_LIMIT; ``spectrum`` maps the moment-matched Gaussian of the x_0 posterior to
     log_power (B,C,*S), see :class:`SpectrumMLP`.

@@ -56,7 +56,8 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2):
     return canvas
 
 
-def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: Sequence[str], title: str, note: str = ""):
+def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: Sequence[str], title: str,
+          note: str = ""):
     """A table of Pillow images, cells left-aligned; each title is left out if empty."""
     from PIL import Image, ImageDraw
 
@@ -70,20 +71,21 @@ def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: S
     top = pad + (28 + pad if title else 0) + (26 if any(column_titles) else 0)
     notes = note.splitlines()
     width = max(left + sum(widths) + pad * len(widths), text_width(title, 24) + 2 * pad, text_width(note, 16) + 2 * pad)
-    canvas = Image.new("RGB", (width, top + sum(heights) + pad * len(heights) + 23 * len(notes) + (pad if notes else 0)), PAPER)
+    height = top + sum(heights) + pad * len(heights) + 23 * len(notes) + (pad if notes else 0)
+    canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((pad, pad), title, TEXT, big)
     x = left
     for c, w in enumerate(widths):
         draw.text((x, top - 26), column_titles[c], FAINT, small)
         y = top
-        for row, h in zip(cells, heights):
+        for row, h in zip(cells, heights, strict=True):
             if c < len(row):
                 canvas.paste(row[c], (x, y))
             y += h + pad
         x += w + pad
     y = top
-    for label, h in zip(row_titles, heights):
+    for label, h in zip(row_titles, heights, strict=True):
         draw.text((pad, y + h / 2), label, TEXT, small, anchor="lm")
         y += h + pad
     y = top + sum(heights) + pad * len(heights)
@@ -93,7 +95,8 @@ def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: S
 
 
 def colour_bar(low: float, high: float, unit: str, length: int, thickness: int = 14, beyond: bool = False):
-    """A vertical viridis bar with its ends and unit written beside it. ``beyond``: what is higher has the last colour too."""
+    """A vertical viridis bar with its ends and unit written beside it.
+    ``beyond``: what is higher has the last colour too."""
     from PIL import Image, ImageDraw
 
     ramp = heat(torch.linspace(high, low, length)[:, None].expand(-1, thickness), low, high)

@@ -88,7 +88,7 @@ def gaussian_to_mixture(mixture: Mixture, z: Tensor, axes: Tensor | None = None)
     mu = _in_stds(mixture.means - mixture.mean().unsqueeze(1), axes, std)               # (C,K,N)
     log_w = _per_pixel(mixture.log_weights)                                             # (K,N)
     x = []
-    for j, (mu_j, z_j) in enumerate(zip(mu, _per_pixel(z))):
+    for j, (mu_j, z_j) in enumerate(zip(mu, _per_pixel(z), strict=True)):
         if j:
             log_w = _given(log_w, x[-1] - mu[j - 1])
         x.append(inverse_cdf(mu_j, log_w, z_j))
@@ -146,7 +146,8 @@ _Points = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _select(points: _Points, index: Tensor) -> _Points:
-    return tuple(v.index_select(-1, index) for v in points)
+    mu, log2_w, w, target = (v.index_select(-1, index) for v in points)
+    return mu, log2_w, w, target
 
 
 def _halley_steps(points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +179,8 @@ def _halley_step(points: _Points, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _settled(residual: Tensor, newton: Tensor, bend: Tensor) -> Tensor:
-    """Whether a Halley step ended in the root: its error is about g (c^2/4 + n^2), as the components have unit width."""
+    """Whether a Halley step ended in the root: its error is about g (c^2/4 + n^2),
+    as the components have unit width."""
     error = residual.abs() * torch.addcmul(newton.square(), bend, bend, value=0.25)
     return error < 8 * torch.finfo(error.dtype).eps
 
@@ -224,7 +226,8 @@ def _moment_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
 def _separated_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
     """The quantile if no components overlapped: a first guess where they do not. (N,)
 
-    From the top, it lies in the component k where the cumulative weight W passes p = Phi(-z): at (p - W_{k-1}) / w_k of it.
+    From the top, it lies in the component k where the cumulative weight W passes p = Phi(-z): at (p - W_{k-1}) / w_k of
+    it.
     """
     p = 0.5 * torch.special.erfc(z)
     mu, order = mu.sort(0, descending=True)

@@ -71,7 +71,8 @@ def check_adapter_vae(info: AdapterInfo, vae) -> None:
     axes = SEAMS[info.family.name].axes
     got, got_axes = getattr(vae, "latent_channels", channels), getattr(vae, "latent_dim", axes)
     if (got, got_axes) != (channels, axes) or getattr(vae, "output_channels", 3) != 3:
-        raise ValueError(f"vae: this one decodes {got} channels on {got_axes} axes, and {info.family.name} paints {channels} on {axes}; "
+        raise ValueError(f"vae: this one decodes {got} channels on {got_axes} axes, "
+                         f"and {info.family.name} paints {channels} on {axes}; "
                          f"connect {info.family.name}'s own VAE, or leave vae open for rough colours")
 
 
@@ -84,8 +85,10 @@ def rows_and_columns(family: Family, height: int, width: int) -> tuple[int, int]
 
 # (diffusers' name, ComfyUI's, (first row, rows) of it in hidden sizes, or None for the whole layer)
 _ATTENTION = [
-    *((rf"transformer_blocks\.(\d+)\.attn\.to_{x}", r"double_blocks.\1.img_attn.qkv", (i, 1)) for i, x in enumerate("qkv")),
-    *((rf"transformer_blocks\.(\d+)\.attn\.add_{x}_proj", r"double_blocks.\1.txt_attn.qkv", (i, 1)) for i, x in enumerate("qkv")),
+    *((rf"transformer_blocks\.(\d+)\.attn\.to_{x}", r"double_blocks.\1.img_attn.qkv", (i, 1))
+      for i, x in enumerate("qkv")),
+    *((rf"transformer_blocks\.(\d+)\.attn\.add_{x}_proj", r"double_blocks.\1.txt_attn.qkv", (i, 1))
+      for i, x in enumerate("qkv")),
     (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj", None),
     (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj", None),
     (r"x_embedder", r"img_in", None),
@@ -102,7 +105,8 @@ _FLUX = [
     (r"transformer_blocks\.(\d+)\.ff_context\.net\.([02])(?:\.proj)?", r"double_blocks.\1.txt_mlp.\2", None),
     (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin", None),
     (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin", None),
-    *((rf"single_transformer_blocks\.(\d+)\.attn\.to_{x}", r"single_blocks.\1.linear1", (i, 1)) for i, x in enumerate("qkv")),
+    *((rf"single_transformer_blocks\.(\d+)\.attn\.to_{x}", r"single_blocks.\1.linear1", (i, 1))
+      for i, x in enumerate("qkv")),
     (r"single_transformer_blocks\.(\d+)\.proj_mlp", r"single_blocks.\1.linear1", (3, 4)),
     (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2", None),
     (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin", None),
@@ -117,7 +121,8 @@ _FLUX2 = [
     (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2", None),
     (r"((?:double_stream|single_stream)_modulation(?:_img|_txt)?)\.linear", r"\1.lin", None),
 ]
-_NAMES = {"FLUX.1": _FLUX, "FLUX.2": _FLUX2, "Qwen-Image": [(r"(.+)", r"\1", None)]}  # Qwen-Image's names are diffusers' own
+# Qwen-Image's names are diffusers' own.
+_NAMES = {"FLUX.1": _FLUX, "FLUX.2": _FLUX2, "Qwen-Image": [(r"(.+)", r"\1", None)]}
 
 
 def host_module(family: Family, module: str, width: int) -> tuple[str, tuple[int, int] | None] | None:

@@ -15,14 +15,16 @@ class GMFlowApplyAdapter(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "GMFlowApplyAdapter", "GMFlow Apply Adapter",
-            "Make FLUX.1, FLUX.2 or Qwen-Image predict Gaussian mixtures, by a pi-Flow adapter: 4 or 8 steps, every GM sampler and "
-            "the inspector. For a model from any loader, before or after LoRAs.",
+            "Make FLUX.1, FLUX.2 or Qwen-Image predict Gaussian mixtures, by a pi-Flow adapter: 4 or 8 steps, every GM "
+            "sampler and the inspector. For a model from any loader, before or after LoRAs.",
             [
-                io.Model.Input("model", tooltip="FLUX.1, FLUX.2 dev or Qwen-Image, as files, fp8 or GGUF, with or without LoRAs."),
+                io.Model.Input("model", tooltip="FLUX.1, FLUX.2 dev or Qwen-Image, as files, fp8 or GGUF, "
+                                                "with or without LoRAs."),
                 io.Combo.Input("adapter_name", options=host_adapter.adapter_files(),
                                tooltip="A pi-Flow adapter (gmflux, gmqwen, gmflux2) in models/loras."),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, round=False,
-                               tooltip="Of the adapter's LoRA; the heads are not scaled. 1 is as trained, other values are experiments."),
+                               tooltip="Of the adapter's LoRA; the heads are not scaled. 1 is as trained, "
+                                       "other values are experiments."),
             ],
             [io.Model.Output(tooltip="A model for GMFlow nodes and for every core sampler.")],
             search_aliases=["gmflow", "pi-flow", "piflow", "adapter", "flux few steps", "qwen few steps"],

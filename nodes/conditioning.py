@@ -21,9 +21,11 @@ class GMFlowClassConditioning(io.ComfyNode):
             "GMFlowClassConditioning", "GMFlow Class Conditioning",
             "Classes as conditioning: one label for all images of a batch, or one for each.",
             [
-                io.Model.Input("model", tooltip="A GMFlow model: its file says how many classes there are and what they are called."),
+                io.Model.Input("model", tooltip="A GMFlow model: its file says how many classes there are "
+                                                "and what they are called."),
                 io.String.Input("labels", default="0", multiline=True, placeholder="7   or   0-9   or   tabby cat, owl",
-                                tooltip="Class indices, ranges and names, separated by commas or lines: 7, or 0-9, or 207, tabby cat. "
+                                tooltip="Class indices, ranges and names, separated by commas or lines: 7, "
+                                        "or 0-9, or 207, tabby cat. "
                                         "One label for all images, or one for each image of the batch."),
             ],
             [
@@ -66,6 +68,7 @@ class GMFlowImageNetClass(io.ComfyNode):
     def execute(cls, class_name) -> io.NodeOutput:
         index, _, name = class_name.partition(" ")
         if not index.isdecimal() or name not in IMAGENET[int(index) : int(index) + 1]:  # 0.3.64 passes any text
-            raise ValueError(f"class_name: {class_name!r} is none of the list, which runs from '0 {IMAGENET[0]}' to '999 {IMAGENET[-1]}'")
+            raise ValueError(f"class_name: {class_name!r} is none of the list, "
+                             f"which runs from '0 {IMAGENET[0]}' to '999 {IMAGENET[-1]}'")
         index = int(index)
         return io.NodeOutput(*(make_conditioning([label], len(IMAGENET)) for label in (index, len(IMAGENET))))

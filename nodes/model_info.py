@@ -55,11 +55,13 @@ def check_latent(info: ModelInfo, noise, latent) -> None:
         )
     if max(size) > MOST_TIMES * config.sample_size:
         raise ValueError(
-            f"latent: {' x '.join(map(str, size))} is {max(size) / config.sample_size:.3g} times the {config.sample_size} x {config.sample_size} "
-            f"that this model was trained at, and more than {MOST_TIMES} times is no picture and takes forever; GMFlow Empty Latent makes one"
+            f"latent: {' x '.join(map(str, size))} is {max(size) / config.sample_size:.3g} times the "
+            f"{config.sample_size} x {config.sample_size} that this model was trained at, and more than {MOST_TIMES} "
+            "times is no picture and takes forever; GMFlow Empty Latent makes one"
         )
     if latent is not None and not torch.isfinite(latent).all():
-        raise ValueError("latent: it holds NaN or infinite values; the node that made it failed (a VAE in half precision?)")
+        raise ValueError("latent: it holds NaN or infinite values; "
+                         "the node that made it failed (a VAE in half precision?)")
 
 
 def check_vae(info: ModelInfo, vae) -> None:
@@ -95,9 +97,11 @@ def read_labels(tensor, labels, num_classes, config: GMDiTConfig, role: str) -> 
     if tensor is None or not tensor.any():
         return torch.tensor([config.null_label])
     if labels is None:
-        raise ValueError(f"{role}: this conditioning holds text or something else, not classes; use GMFlow Class Conditioning")
+        raise ValueError(f"{role}: this conditioning holds text or something else, not classes; "
+                         "use GMFlow Class Conditioning")
     if num_classes != config.num_classes:
-        raise ValueError(f"{role}: its labels are made for a model of {num_classes} classes; this one has {config.num_classes}")
+        raise ValueError(f"{role}: its labels are made for a model of {num_classes} classes; "
+                         f"this one has {config.num_classes}")
     if tensor.numel() != len(labels) or not torch.equal(tensor.flatten().cpu(), (labels + 1).float()):
         raise ValueError(f"{role}: classes can not be averaged or concatenated; to blend some, use ConditioningCombine")
     return labels

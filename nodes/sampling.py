@@ -13,38 +13,44 @@ from .schema import GMTrace, advanced, schema, seed
 from .trace_source import TraceSource
 
 MODEL = "A model from GMFlow Loader, or one with an adapter from GMFlow Apply Adapter."
-STEPS = ("Network evaluations (twice as many with guidance). 4 to 8 are good, 1 works, 32 is plenty. 0 takes what the model "
-         "recommends: 8, an adapter what its file's name says, else 4.")
-FINAL_STEP = ("Length of the last step over that of the others, in unshifted time. 0 is the model's own: 1, as published, and 0.5 "
-              "for adapters.")
-GUIDANCE = ("Probabilistic guidance scale, 0 to below 1; 0 is none. Not a CFG scale: 0.45 is the published default, 0.3 suits the "
-            "digits, 0.02 to 0.75 are good.")
-ORTHOGONAL = "How far guidance is kept from simply brightening or contrasting the image: 1 removes that part, 0 leaves it."
-SUBSTEPS = ("GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, rounded up, as published; "
-            "with adapters 128 over all steps, by their lengths.")
-SHIFT = "Time shift, times the model's own. Above 1 spends more steps at high noise; 1 is right for the published model."
+STEPS = ("Network evaluations (twice as many with guidance). 4 to 8 are good, 1 works, 32 is plenty. 0 takes what the "
+         "model recommends: 8, an adapter what its file's name says, else 4.")
+FINAL_STEP = ("Length of the last step over that of the others, in unshifted time. 0 is the model's own: 1, as "
+              "published, and 0.5 for adapters.")
+GUIDANCE = ("Probabilistic guidance scale, 0 to below 1; 0 is none. Not a CFG scale: 0.45 is the published default, "
+            "0.3 suits the digits, 0.02 to 0.75 are good.")
+ORTHOGONAL = ("How far guidance is kept from simply brightening or contrasting the image: "
+              "1 removes that part, 0 leaves it.")
+SUBSTEPS = ("GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, rounded "
+            "up, as published; with adapters 128 over all steps, by their lengths.")
+SHIFT = ("Time shift, times the model's own. Above 1 spends more steps at high noise; "
+         "1 is right for the published model.")
 ORDER = "2 also uses the previous network evaluation: better with few steps. 1 is the plain solver."
 DENOISE = "1 paints from pure noise; below 1 starts from a partly noised input image and keeps more of it."
-TEMPERATURE = ("Below 1 sharpens the mixture (less variety), above 1 flattens it. 1 is the model as trained. 0 is the model's own: 1, and for "
-               "adapters 0.1 (steps - 1), at most 1. Adapters take none in the last step.")
-NEGATIVE = "What to be guided away from. Left open: the null label, as trained; models with an adapter have none, and are not guided then."
-TILT = ("Second order: published moves the pixels that are most undecided several times further than asked; limited moves none "
-        "further, which paints better from a few steps on.")
-GUIDANCE_TILT_TIP = ("How guidance tilts the mixture: published, which its scale is made for, or limited, which moves no pixel further "
-                     "than asked and bears larger scales.")
-TRACE = ("What the mixture believed at every step, for GMFlow Inspector. Recorded only if something asks for it: of the first four "
-         "images, in main memory, up to 6 K (C + 1) H W bytes an image and step (the digits 0.2 MB a step, 64 x 64 x 4 with K 8 4 MB).")
+TEMPERATURE = ("Below 1 sharpens the mixture (less variety), above 1 flattens it. 1 is the model as trained. 0 is the "
+               "model's own: 1, and for adapters 0.1 (steps - 1), at most 1. Adapters take none in the last step.")
+NEGATIVE = ("What to be guided away from. Left open: the null label, as trained; models with an adapter have none, "
+            "and are not guided then.")
+TILT = ("Second order: published moves the pixels that are most undecided several times further than asked; limited "
+        "moves none further, which paints better from a few steps on.")
+GUIDANCE_TILT_TIP = ("How guidance tilts the mixture: published, which its scale is made for, or limited, which moves "
+                     "no pixel further than asked and bears larger scales.")
+TRACE = ("What the mixture believed at every step, for GMFlow Inspector. Recorded only if something asks for it: of "
+         "the first four images, in main memory, up to 6 K (C + 1) H W bytes an image and step (the digits 0.2 MB a "
+         "step, 64 x 64 x 4 with K 8 4 MB).")
 
 
 def second_order_inputs() -> list:
     """Coefficients of the second-order correction; the defaults are the published ones."""
     return [
         advanced(io.Float.Input("c_a", default=0.005, min=0.0, max=1.0, step=0.001, round=False,
-                                tooltip="Second order: distrust of the difference of means where the mixture is wide.")),
+                                tooltip="Second order: "
+                                        "distrust of the difference of means where the mixture is wide.")),
         advanced(io.Float.Input("c_b", default=1.0, min=0.0, max=10.0, step=0.1, round=False,
                                 tooltip="Second order: the same distrust, growing with guidance.")),
         advanced(io.Int.Input("correction_steps", default=0, min=0, max=16,
-                              tooltip="Second order: repetitions that bring the corrected mean to the extrapolated one. 2 helps without guidance.")),
+                              tooltip="Second order: repetitions that bring the corrected mean to the extrapolated "
+                                      "one. 2 helps without guidance.")),
     ]
 
 
@@ -61,7 +67,8 @@ def order_input():
 
 
 def temperature_input():
-    return advanced(io.Float.Input("temperature", default=1.0, min=0.0, max=4.0, step=0.05, round=False, tooltip=TEMPERATURE))
+    return advanced(io.Float.Input("temperature", default=1.0, min=0.0, max=4.0, step=0.05, round=False,
+                                   tooltip=TEMPERATURE))
 
 
 def tilt_input(default: str, tooltip: str):
@@ -73,7 +80,8 @@ def shift_input():
 
 
 def final_step_input():
-    return advanced(io.Float.Input("final_step", default=0.0, min=0.0, max=10.0, step=0.05, round=False, optional=True, tooltip=FINAL_STEP))
+    return advanced(io.Float.Input("final_step", default=0.0, min=0.0, max=10.0, step=0.05, round=False, optional=True,
+                                   tooltip=FINAL_STEP))
 
 
 def sigmas_of(model, steps: int, shift: float, denoise: float, final_step: float):
@@ -87,11 +95,13 @@ def substeps_input():
 
 
 def guidance_input():
-    return io.Float.Input("guidance", default=PUBLISHED_SCALE, min=0.0, max=0.99, step=0.01, round=False, tooltip=GUIDANCE)
+    return io.Float.Input("guidance", default=PUBLISHED_SCALE, min=0.0, max=0.99, step=0.01, round=False,
+                          tooltip=GUIDANCE)
 
 
 def orthogonal_input():
-    return advanced(io.Float.Input("orthogonal", default=1.0, min=0.0, max=1.0, step=0.05, round=False, tooltip=ORTHOGONAL))
+    return advanced(io.Float.Input("orthogonal", default=1.0, min=0.0, max=1.0, step=0.05, round=False,
+                                   tooltip=ORTHOGONAL))
 
 
 class GMFlowScheduler(io.ComfyNode):
@@ -121,11 +131,12 @@ class GMFlowGuider(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "GMFlowGuider", "GMFlow Guider",
-            "Probabilistic guidance: re-weights the mixture instead of extrapolating, so that colours do not oversaturate. "
-            "Works with GM samplers and with every core sampler.",
+            "Probabilistic guidance: re-weights the mixture instead of extrapolating, so that colours do not "
+            "oversaturate. Works with GM samplers and with every core sampler.",
             [
                 io.Model.Input("model", tooltip=MODEL),
-                io.Conditioning.Input("positive", tooltip="The classes to paint, or the text for a model with an adapter."),
+                io.Conditioning.Input("positive",
+                                      tooltip="The classes to paint, or the text for a model with an adapter."),
                 guidance_input(),
                 orthogonal_input(),
                 advanced(io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
@@ -133,7 +144,8 @@ class GMFlowGuider(io.ComfyNode):
                 advanced(io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
                                         tooltip="Guide up to this share of the sampling; 1 is its end.")),
                 advanced(io.Combo.Input("method", options=list(METHODS), default=METHODS[0],
-                                        tooltip="vanilla CFG shifts every component instead, for comparison; it uses cfg_scale.")),
+                                        tooltip="vanilla CFG shifts every component instead, "
+                                                "for comparison; it uses cfg_scale.")),
                 advanced(io.Float.Input("cfg_scale", default=4.0, min=1.0, max=100.0, step=0.1, round=False,
                                         tooltip="Only for vanilla CFG: its scale, 1 is none.")),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
@@ -157,11 +169,9 @@ class SamplerGMFlowODE(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "SamplerGMFlowODE", "Sampler GM-ODE",
-            "GM-ODE: deterministic. Between two network evaluations it follows the mixture analytically in many substeps.",
-            [
-                order_input(), substeps_input(), *second_order_inputs(), temperature_input(), shift_input(),
-                tilt_input(SECOND_ORDER_TILT, TILT),
-            ],
+            "GM-ODE: deterministic. "
+            "Between two network evaluations it follows the mixture analytically in many substeps.",
+            [order_input(), substeps_input(), *second_order_inputs(), temperature_input(), shift_input()],
             [io.Sampler.Output(tooltip="For every node that takes a SAMPLER; needs a GMFlow model.")],
             search_aliases=["gmflow", "gm-ode", "ode sampler", "gaussian mixture"],
         )
@@ -181,12 +191,13 @@ class SamplerGMFlowSDE(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "SamplerGMFlowSDE", "Sampler GM-SDE",
-            "GM-SDE: stochastic. Every step draws an image from the mixture and noises it again. Step noise follows the seed and "
-            "the image: its batch_index in GMFlow nodes, its place in the batch elsewhere.",
+            "GM-SDE: stochastic. Every step draws an image from the mixture and noises it again. Step noise follows "
+            "the seed and the image: its batch_index in GMFlow nodes, its place in the batch elsewhere.",
             [
                 order_input(),
                 io.Boolean.Input("spectral", default=True,
-                                 tooltip="Spectral sampling: neighbouring pixels are drawn together, so that few steps stay smooth. "
+                                 tooltip="Spectral sampling: neighbouring pixels are drawn together, "
+                                         "so that few steps stay smooth. "
                                          "Needs a spectrum network in the checkpoint, and is off without."),
                 *second_order_inputs(), temperature_input(), tilt_input(SECOND_ORDER_TILT, TILT),
             ],
@@ -209,8 +220,10 @@ class GMFlowKSampler(io.ComfyNode):
             "Schedule, probabilistic guidance and a GM solver in one node.",
             [
                 io.Model.Input("model", tooltip=MODEL),
-                io.Conditioning.Input("positive", tooltip="The classes to paint, or the text for a model with an adapter."),
-                io.Latent.Input("latent_image", tooltip="An empty latent, or an image to change with denoise below 1. A noise mask is kept exactly."),
+                io.Conditioning.Input("positive",
+                                      tooltip="The classes to paint, or the text for a model with an adapter."),
+                io.Latent.Input("latent_image", tooltip="An empty latent, or an image to change with denoise below 1. "
+                                                        "A noise mask is kept exactly."),
                 seed("Decides the initial noise, the same as the core KSampler's, and GM-SDE's step noise."),
                 io.Int.Input("steps", default=8, min=0, max=10_000, tooltip=STEPS),
                 io.Combo.Input("solver", options=list(SOLVERS.values()), default=SOLVERS["gm-ode"],
@@ -225,14 +238,15 @@ class GMFlowKSampler(io.ComfyNode):
                 final_step_input(),
                 tilt_input(SECOND_ORDER_TILT, TILT),
             ],
-            [io.Latent.Output(display_name="latent", tooltip="The images, to decode."), GMTrace.Output(display_name="trace", tooltip=TRACE)],
+            [io.Latent.Output(display_name="latent", tooltip="The images, to decode."),
+             GMTrace.Output(display_name="trace", tooltip=TRACE)],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             search_aliases=["gmflow", "ksampler", "sampler", "gm-ode", "gm-sde"],
         )
 
     @classmethod
-    def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order, orthogonal, shift,
-                negative=None, final_step=0.0, tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
+    def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order,
+                orthogonal, shift, negative=None, final_step=0.0) -> io.NodeOutput:
         sigmas = sigmas_of(model, steps, shift, denoise, final_step)
         guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
         sampler = host.make_sampler(SamplerOptions(
@@ -249,13 +263,17 @@ class GMFlowSamplerCustom(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "GMFlowSamplerCustom", "GMFlow Sampler Custom",
-            "The core's SamplerCustomAdvanced with a trace for GMFlow Inspector, and step noise that follows batch_index.",
+            "The core's SamplerCustomAdvanced with a trace for GMFlow Inspector, "
+            "and step noise that follows batch_index.",
             [
-                io.Noise.Input("noise", tooltip="RandomNoise, or DisableNoise for a second stage. Its seed also drives GM-SDE."),
-                io.Guider.Input("guider", tooltip="GMFlow Guider, or a core guider (its guidance then shifts the mixture)."),
+                io.Noise.Input("noise",
+                               tooltip="RandomNoise, or DisableNoise for a second stage. Its seed also drives GM-SDE."),
+                io.Guider.Input("guider",
+                                tooltip="GMFlow Guider, or a core guider (its guidance then shifts the mixture)."),
                 io.Sampler.Input("sampler", tooltip="A GM sampler; core samplers work and leave no trace."),
                 io.Sigmas.Input("sigmas", tooltip="From GMFlow Scheduler or a core scheduler."),
-                io.Latent.Input("latent_image", tooltip="An empty latent, or an image to change. A noise mask is kept exactly."),
+                io.Latent.Input("latent_image",
+                                tooltip="An empty latent, or an image to change. A noise mask is kept exactly."),
             ],
             [
                 io.Latent.Output(display_name="output", tooltip="The sample at the last sigma."),

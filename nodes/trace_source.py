@@ -42,5 +42,6 @@ class TraceSource:
             self.run(recorder)
             self._trace = recorder.trace()
         if not self._trace.steps:
-            raise ValueError("trace: it is empty; only GM samplers leave one (Sampler GM-ODE, Sampler GM-SDE, GMFlow KSampler)")
+            raise ValueError("trace: it is empty; "
+                             "only GM samplers leave one (Sampler GM-ODE, Sampler GM-SDE, GMFlow KSampler)")
         return self._trace

@@ -16,7 +16,8 @@ def peak() -> int:
 
 
 def output_of(code: str, *arguments, timeout: float = 300) -> str:
-    """What Python code prints in a new process. ``sys.argv[1:]`` are the arguments, ``peak()`` is its peak RSS in bytes so far."""
+    """What Python code prints in a new process. ``sys.argv[1:]`` are the arguments,
+    ``peak()`` is its peak RSS in bytes so far."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PRELUDE + code, *map(str, arguments)],

@@ -43,7 +43,8 @@ def test_a_prefix_is_taken_off(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_precisions(tmp_path, dtype):
-    save_file({key: value.to(dtype) for key, value in load_file(adapter_file("gmflux_tiny")).items()}, tmp_path / "a.safetensors")
+    save_file({key: value.to(dtype) for key, value in load_file(adapter_file("gmflux_tiny")).items()},
+              tmp_path / "a.safetensors")
     assert load_adapter(tmp_path / "a.safetensors").heads.means.weight.dtype == dtype
 
 
@@ -54,7 +55,8 @@ def test_one_layer_for_the_deviation(tmp_path):
 
 
 @pytest.mark.parametrize("name, steps", [
-    ("gmflux_k8_piid_8step", 8), ("gmqwen_k8_datafree_piid_4step", 4), ("piflow 16-steps", 16), ("adapter", 4), ("stepped_3", 4),
+    ("gmflux_k8_piid_8step", 8), ("gmqwen_k8_datafree_piid_4step", 4), ("piflow 16-steps", 16), ("adapter", 4),
+    ("stepped_3", 4),
 ])
 def test_recommended_steps(tmp_path, name, steps):
     assert load_adapter(changed(tmp_path / f"{name}.safetensors")).steps == steps
@@ -65,7 +67,8 @@ def test_published_keys_and_shapes(tmp_path, name, family, modules):
     """All keys of the published training configs: recognised, used up, none left over."""
     shapes = json.loads((DATA / "piflow" / f"keys_{name}.json").read_text())
     adapter = parse_adapter({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, tmp_path)
-    assert (adapter.family.name, len(adapter.lora), adapter.heads.components, adapter.width) == (family, modules, 8, 3072)
+    assert ((adapter.family.name, len(adapter.lora), adapter.heads.components, adapter.width)
+            == (family, modules, 8, 3072))
     assert adapter.heads.means.weight.shape == (512, 3072) and len(adapter.heads.log_stds) == 2
 
 
@@ -195,8 +198,9 @@ def test_bad_files(tmp_path, case):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "empty"), (b"GGUF" + bytes(60), "a GGUF file; adapters are .safetensors"), (b"<html>" + bytes(60), "web page"),
-    (b"\x80\x02cos\nsystem\n" + bytes(60), "a Python pickle"), ((40).to_bytes(8, "little") + b"{" + bytes(60), "truncated or damaged"),
+    (b"", "empty"), (b"GGUF" + bytes(60), "a GGUF file; adapters are .safetensors"),
+    (b"<html>" + bytes(60), "web page"), (b"\x80\x02cos\nsystem\n" + bytes(60), "a Python pickle"),
+    ((40).to_bytes(8, "little") + b"{" + bytes(60), "truncated or damaged"),
     (None, "no such file"),
 ])
 def test_files_that_are_no_safetensors(tmp_path, content, message):
@@ -211,16 +215,20 @@ def test_files_that_are_no_safetensors(tmp_path, content, message):
 
 
 def hidden_state(adapter, r) -> torch.Tensor:
-    """The modulated hidden state (B,L,D) that the authors' network had, from its 512 (or 1024) means a token of 128 numbers."""
+    """The modulated hidden state (B,L,D) that the authors' network had,
+    from its 512 (or 1024) means a token of 128 numbers."""
     tokens = r["means"].unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))                      # (B,K,C,h,p,w,p)
     tokens = tokens.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2).double()         # (B,L,K C p p)
     means = adapter.heads.means.to(torch.float64)
-    return torch.linalg.lstsq(means.weight, (tokens - means.bias).flatten(0, 1).T).solution.T.unflatten(0, tokens.shape[:2])
+    return torch.linalg.lstsq(means.weight, (tokens - means.bias).flatten(0, 1).T).solution.T.unflatten(
+        0, tokens.shape[:2],
+    )
 
 
 def activation(name, r) -> torch.Tensor:
     """silu(vec) (B,D), computed here from the base's and the adapter's tensors: sinusoids, two layers each, a sum."""
-    base, file = (load_file(adapter_file(name).parents[1] / part / adapter_file(name).name) for part in ("base", "adapter"))
+    base, file = (load_file(adapter_file(name).parents[1] / part / adapter_file(name).name)
+                  for part in ("base", "adapter"))
 
     def layer(module, x):
         y = F.linear(x, base[f"{module}.weight"], base.get(f"{module}.bias"))
@@ -254,7 +262,8 @@ def test_heads_against_the_authors_network(name):
     got = unpack_mixture(packed, adapter.heads.components)
     torch.testing.assert_close(got.means, r["means"], rtol=0, atol=1e-5)
     torch.testing.assert_close(got.log_weights, r["logweights"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(got.log_std, r["logstds"], rtol=0, atol=2e-6)  # the sinusoids' rounding; 1e-6 in the host's tests
+    # The sinusoids' rounding; 1e-6 in the host's tests.
+    torch.testing.assert_close(got.log_std, r["logstds"], rtol=0, atol=2e-6)
     torch.testing.assert_close(got.mean(), r["mean"], rtol=0, atol=1e-5)
 
 
@@ -290,7 +299,8 @@ def test_packing_is_where_every_number_belongs():
     means = torch.arange(2 * rows * columns * k * c * 4.0).reshape(2, rows * columns, k, c, 4)
     log_weights = -torch.arange(2 * rows * columns * k * 4.0).reshape(2, rows * columns, k, 1, 4)
     packed = pack_tokens(means, log_weights, torch.tensor([7.0, 8.0]), rows, columns)
-    assert packed.shape == (2, k * (c + 1) + 1, 4, 8) and (packed[:, -1] == torch.tensor([7.0, 8.0]).reshape(2, 1, 1)).all()
+    assert packed.shape == (2, k * (c + 1) + 1, 4, 8)
+    assert (packed[:, -1] == torch.tensor([7.0, 8.0]).reshape(2, 1, 1)).all()
     for b, y, x, j, i in [(0, 0, 0, 0, 0), (1, 3, 5, 2, 4), (1, 2, 7, 1, 3), (0, 1, 6, 2, 0)]:
         token, place = y // 2 * columns + x // 2, y % 2 * 2 + x % 2
         assert packed[b, j * c + i, y, x] == means[b, token, j, i, place]

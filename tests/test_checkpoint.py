@@ -725,12 +725,13 @@ def test_identify_does_not_read_the_weights(saved):
 def wrapped(state: dict, kind: str) -> dict:
     """The names that savers and wrappers of that kind give."""
     inside = kind in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-    return {kind + (re.sub(r"(transformer_blocks\.\d+\.)", r"\1" + kind, key) if inside else key): value for key, value in state.items()}
+    return {kind + (re.sub(r"(transformer_blocks\.\d+\.)", r"\1" + kind, key) if inside else key): value
+            for key, value in state.items()}
 
 
 @pytest.mark.parametrize("kind", [
-    "model.diffusion_model.", "diffusion_model.", "module.", "_orig_mod.", "transformer.", "_fsdp_wrapped_module.", "module._orig_mod.",
-    "_checkpoint_wrapped_module.",
+    "model.diffusion_model.", "diffusion_model.", "module.", "_orig_mod.", "transformer.", "_fsdp_wrapped_module.",
+    "module._orig_mod.", "_checkpoint_wrapped_module.",
 ])
 def test_wrapped_names_are_the_same_model(tmp_path, saved, tiny, kind):
     path = tmp_path / "a.safetensors"
@@ -749,4 +750,5 @@ def test_wrapped_names_are_the_same_model(tmp_path, saved, tiny, kind):
 def test_one_parameter_under_two_names(tmp_path, saved):
     state = load_file(saved)
     rewrite(saved, state=state | {"module.proj_out_1.bias": state["proj_out_1.bias"].clone()})
-    refused(saved, "module.proj_out_1.bias and proj_out_1.bias|proj_out_1.bias and module.proj_out_1.bias", "one parameter")
+    refused(saved, "module.proj_out_1.bias and proj_out_1.bias|proj_out_1.bias and module.proj_out_1.bias",
+            "one parameter")

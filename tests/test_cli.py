@@ -103,7 +103,8 @@ NUMBERED = ("1", "10", "2")  # folders 1, 2, 10 in the order of their names
 
 
 @pytest.mark.parametrize("text, classes", [
-    ("0", [0]), ("#1", [1]), ('"1"', [0]), ('"10", #0', [1, 0]), ("10", [1]), ("0-2", [0, 1, 2]), ("#1-2", [1, 2]), ("#1-#2", [1, 2]),
+    ("0", [0]), ("#1", [1]), ('"1"', [0]), ('"10", #0', [1, 0]), ("10", [1]), ("0-2", [0, 1, 2]), ("#1-2", [1, 2]),
+    ("#1-#2", [1, 2]),
     ('"2"\n"10"', [2, 1]), ("2", [2]),  # name and index of one class
 ])
 def test_classes_that_are_called_numbers(text, classes):
@@ -111,7 +112,8 @@ def test_classes_that_are_called_numbers(text, classes):
 
 
 def test_a_number_that_means_two_classes_is_refused():
-    with pytest.raises(LabelError, match="'1' is the name of class 0 and index 1: write \"1\" for the name, #1 for the other"):
+    with pytest.raises(LabelError,
+                       match="'1' is the name of class 0 and index 1: write \"1\" for the name, #1 for the other"):
         parse_labels("1", 3, NUMBERED)
     with pytest.raises(LabelError, match="'1' is the name of class 0"):
         parse_labels("0-2, 1", 3, NUMBERED)

@@ -1,4 +1,5 @@
-"""``python -m gmflow_core`` where the disk is full, the terminal knows only ASCII, or Ctrl-C comes: one line, no half file."""
+"""``python -m gmflow_core`` where the disk is full, the terminal knows only ASCII, or Ctrl-C comes:
+one line, no half file."""
 
 import os
 import subprocess
@@ -68,11 +69,13 @@ def test_an_ascii_terminal(tmp_path, checkpoint):
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, load_checkpoint(checkpoint).model, class_names=["Ærø", "ø", "å", "日本"])
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "gmflow_core", "info", path], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "gmflow_core", "info", path], capture_output=True, text=True,
+                          env=environment, cwd=ROOT)
     assert done.returncode == 0 and r"\xc6r\xf8" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nTried"), MemoryError(), OSError(28, "No space"), ValueError("\x1b[2J")])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory.\nTried"), MemoryError(), OSError(28, "No space"),
+                                   ValueError("\x1b[2J")])
 def test_what_a_command_raises_is_one_line(capsys, error):
     def action():
         raise error
@@ -126,7 +129,8 @@ def test_twenty_kills_leave_nothing_behind(tmp_path):
 
     cut = 0
     for i in range(20):
-        process = subprocess.Popen([sys.executable, "-c", LIGHT + PRELUDE + KILLED, str(tmp_path)], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", LIGHT + PRELUDE + KILLED, str(tmp_path)],
+                                   stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.05 + 0.01 * i)

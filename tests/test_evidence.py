@@ -1,4 +1,5 @@
-"""Evidence: its factors against grid integrals, linear algebra and enumeration; what a denoiser makes of it against exact joint priors."""
+"""Evidence: its factors against grid integrals, linear algebra and enumeration;
+what a denoiser makes of it against exact joint priors."""
 
 import itertools
 import math
@@ -7,17 +8,30 @@ import pytest
 import torch
 from oracle import random_mixture
 from recorded import assert_same_mixture, small_network
+from test_denoiser import Counting
 from torch import Tensor
 
 from gmflow_core import (
-    BlockEvidence, Conditioned, DirectionEvidence, GaussianFactor, GaussianMixture, GMDenoiser, Inpaint, PixelEvidence,
-    condition, flow_sigmas, guide_cfg, guide_probabilistic, sample_gm_ode, sample_gm_sde, unguided,
+    BlockEvidence,
+    Conditioned,
+    DirectionEvidence,
+    GaussianFactor,
+    GaussianMixture,
+    GMDenoiser,
+    Inpaint,
+    PixelEvidence,
+    condition,
+    flow_sigmas,
+    guide_cfg,
+    guide_probabilistic,
+    sample_gm_ode,
+    sample_gm_sde,
+    unguided,
 )
 from gmflow_core.echo import absorb
 from gmflow_core.inspection.statistics import statistics
 from gmflow_core.inspection.trace import Recorder
 from gmflow_core.inspection.views import VIEWS, draw
-from test_denoiser import Counting
 
 F64 = torch.float64
 
@@ -68,7 +82,8 @@ def test_grey_is_a_likelihood_along_one_direction(rng):
     m, b = one_pixel(rng), torch.tensor([0.3, 0.6, 0.1], dtype=F64)
     length = b.norm()
     y = torch.full((1, 1, 1), 0.2, dtype=F64)
-    evidence = DirectionEvidence(y / length, (b / length).reshape(1, 3, 1), torch.full((1, 1, 1), length.item() ** 2 / 0.3**2, dtype=F64))
+    evidence = DirectionEvidence(y / length, (b / length).reshape(1, 3, 1),
+                                 torch.full((1, 1, 1), length.item() ** 2 / 0.3**2, dtype=F64))
     check_against_the_grid(m, evidence, lambda x: -0.5 * ((x @ b - 0.2) / 0.3).square())
 
 
@@ -98,7 +113,8 @@ def test_two_hues_in_one_picture(rng):
     colours = [unit(normal(rng, 1, 3, 1)) for _ in range(2)]
     side = torch.eye(2, dtype=F64).reshape(2, 1, 1, 2)
     black = torch.zeros(1, 3, 2, dtype=F64)
-    parts = [PixelEvidence(black, 4 * s) + DirectionEvidence(black[:, :1], c, -4 * s) for c, s in zip(colours, side)]
+    parts = [PixelEvidence(black, 4 * s) + DirectionEvidence(black[:, :1], c, -4 * s)
+             for c, s in zip(colours, side, strict=True)]
     tilted = m.tilt((parts[0] + parts[1]).factor(m))
     for i, colour in enumerate(colours):
         alone = GaussianMixture(m.means[..., i : i + 1], m.log_weights[..., i : i + 1], m.log_std)
@@ -125,8 +141,8 @@ def test_blocks_of_one_component_are_linear_algebra(rng):
 
 @pytest.mark.parametrize("spread, worst", [(2.0, 0.25), (0.6, 0.03)])
 def test_blocks_of_mixtures_against_all_joint_components(rng, spread, worst):
-    """Four pixels of three components, 81 joint ones enumerated: rms error of the mean. Without evidence it is over three
-    times as large."""
+    """Four pixels of three components, 81 joint ones enumerated: rms error of the mean. Without evidence it is over
+    three times as large."""
     errors, without = [], []
     for _ in range(50):
         m = random_mixture(rng, b=1, k=3, c=1, space=(2, 2), spread=spread, log_std=(-1.0, -0.8))
@@ -217,10 +233,11 @@ def pixel_evidence(y, precisions):
     return PixelEvidence(y, torch.tensor(precisions, dtype=F64).reshape(1, 1, -1))
 
 
-@pytest.mark.parametrize("std, where, tilt_at_least", [(0.5, (0.3, 0.35), 0.1), (0.1, (-0.5, 1.0), 0.2)], ids=["ambiguous", "clear"])
+@pytest.mark.parametrize("std, where, tilt_at_least", [(0.5, (0.3, 0.35), 0.1), (0.1, (-0.5, 1.0), 0.2)],
+                         ids=["ambiguous", "clear"])
 def test_an_echo_reaches_the_pixel_without_evidence(rng, std, where, tilt_at_least):
-    """Total variation between the inks' shares at the unobserved pixel and their exact posterior, of 2000 samples (whose own
-    noise is about 0.015)."""
+    """Total variation between the inks' shares at the unobserved pixel and their exact posterior, of 2000 samples
+    (whose own noise is about 0.015)."""
     prior, n = Inks(), 2000
     y = torch.tensor([where, (0.0, 0.0)], dtype=F64).T[None]
     evidence = pixel_evidence(y, [1 / std**2, 0])
@@ -256,12 +273,14 @@ class Correlated:
         mean, cov = self.joint(x, sigma)
         var = cov.diagonal().reshape(self.c, self.p)
         mean = mean.reshape(len(x), 1, self.c, self.p)
-        return unguided(GaussianMixture(mean, torch.zeros_like(mean[:, :, :1]), 0.5 * var[:1].log().expand(len(x), 1, 1, self.p)))
+        return unguided(GaussianMixture(mean, torch.zeros_like(mean[:, :, :1]),
+                                        0.5 * var[:1].log().expand(len(x), 1, 1, self.p)))
 
 
 @pytest.mark.parametrize("limit", [1e6, 0.6], ids=["unlimited", "limited"])
 def test_an_echo_of_one_pixel_of_a_gaussian_is_exact(rng, limit):
-    """The conditional means of all pixels; what the limit withholds is continued in a straight line, which is exact here."""
+    """The conditional means of all pixels; what the limit withholds is continued in a straight line,
+    which is exact here."""
     prior = Correlated(rng)
     x = normal(rng, 4, 2, 3)
     y = prior.denoiser(x[:1], 0.7).posterior.mean() + 0.3  # near, so that a deviation of the image is not reached
@@ -297,7 +316,8 @@ def test_evidence_of_all_pixels_is_a_lower_noise_level(rng, sigma):
 
 
 def test_what_is_left_after_absorption_is_tilted(rng):
-    """Evidence of two pixels beyond what all have: without an echo, the tilt of the exact posterior given what all have."""
+    """Evidence of two pixels beyond what all have: without an echo,
+    the tilt of the exact posterior given what all have."""
     prior, x, y = Inks(3), normal(rng, 5, 2, 3), normal(rng, 5, 2, 3)
     precisions = torch.tensor([2.0, 5.0, 9.0], dtype=F64).reshape(1, 1, 3)
     got = condition(prior.denoiser, Conditioned(PixelEvidence(y, precisions), propagate=False))(x, 0.7).posterior
@@ -327,7 +347,8 @@ def test_certain_pixels_end_where_they_are_known(rng, sigma):
     evidence = pixel_evidence(y, [1e8, 0, 0])
     x = sample_gm_ode(condition(prior.denoiser, evidence), normal(rng, 4, 2, 3), flow_sigmas(6)[:], substeps=4)
     torch.testing.assert_close(x[:, :, 0], y[:, :, 0].expand(4, 2), rtol=0, atol=1e-3)
-    x = sample_gm_sde(condition(prior.denoiser, Conditioned(evidence, propagate=False)), normal(rng, 4, 2, 3), flow_sigmas(6))
+    x = sample_gm_sde(condition(prior.denoiser, Conditioned(evidence, propagate=False)), normal(rng, 4, 2, 3),
+                      flow_sigmas(6))
     torch.testing.assert_close(x[:, :, 0], y[:, :, 0].expand(4, 2), rtol=0, atol=1e-3)
 
 
@@ -346,7 +367,8 @@ def test_evidence_of_one_image_leaves_the_others_alone(rng, propagate):
     prior, x, y = Inks(), normal(rng, 3, 2, 2), normal(rng, 3, 2, 2)
     precision = torch.tensor([[0, 0], [4.0, 0], [0, 0]], dtype=F64).reshape(3, 1, 2)
     batched = lambda t, sigma: unguided(rows(prior, t, sigma))  # noqa: E731
-    got = sample_gm_ode(condition(batched, Conditioned(PixelEvidence(y, precision), propagate)), x, flow_sigmas(4), substeps=3)
+    got = sample_gm_ode(condition(batched, Conditioned(PixelEvidence(y, precision), propagate)), x,
+                        flow_sigmas(4), substeps=3)
     plain = sample_gm_ode(prior.denoiser, x, flow_sigmas(4), substeps=3)
     torch.testing.assert_close(got[[0, 2]], plain[[0, 2]], rtol=1e-9, atol=1e-9)
     one = PixelEvidence(y[1:2], precision[1:2])
@@ -357,7 +379,7 @@ def test_evidence_of_one_image_leaves_the_others_alone(rng, propagate):
 def rows(prior, x, sigma):
     """The prior's posterior at a sigma for each image."""
     sigmas = torch.as_tensor(sigma, dtype=F64).expand(len(x)).tolist()
-    parts = [prior.posterior(row[None], s) for row, s in zip(x, sigmas)]
+    parts = [prior.posterior(row[None], s) for row, s in zip(x, sigmas, strict=True)]
     return GaussianMixture(*(torch.cat([getattr(p, n) for p in parts]) for n in ("means", "log_weights", "log_std")))
 
 
@@ -402,10 +424,12 @@ def test_evidence_comes_before_guidance_on_both_posteriors(network, rng, method,
     """Each with its own echo, and guided afterwards."""
     x, given = torch.randn(2, 4, 8, 8, generator=rng), Conditioned(hints(), propagate)
     got = GMDenoiser(network, torch.tensor([3, 7]), scale, method=method, evidence=given)(x, 0.6)
-    cond, uncond = (condition(GMDenoiser(network, labels), given)(x, 0.6).posterior for labels in (torch.tensor([3, 7]), None))
+    cond, uncond = (condition(GMDenoiser(network, labels), given)(x, 0.6).posterior
+                    for labels in (torch.tensor([3, 7]), None))
     expected = guide_probabilistic(cond, uncond, scale) if method == "probabilistic" else guide_cfg(cond, uncond, scale)
     torch.testing.assert_close(got.posterior.mean(), expected.posterior.mean(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got.anchor.mean, cond.mean() if method == "probabilistic" else expected.anchor.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.anchor.mean, cond.mean() if method == "probabilistic" else expected.anchor.mean,
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_no_evidence_leaves_a_network_alone_bit_for_bit(network, rng):
@@ -426,11 +450,13 @@ def test_every_solver_takes_every_evidence(network, rng, solver, order, kind):
     blocks = BlockEvidence(torch.full((1, 4, 2, 2), 0.3), 4, 0.05)
     evidence = {
         "colour": hints(), "blocks": blocks,
-        "hue": PixelEvidence(black, torch.full((1, 1, 1, 1), 16.0)) + DirectionEvidence(black[:, :1], d, torch.full((1, 1, 1, 1), -16.0)),
+        "hue": PixelEvidence(black, torch.full((1, 1, 1, 1), 16.0))
+        + DirectionEvidence(black[:, :1], d, torch.full((1, 1, 1, 1), -16.0)),
         "grey and blocks": DirectionEvidence(black[:, :1] + 0.6, d, torch.full((1, 1, 1, 1), 16.0)) + blocks,
     }[kind]
     misfit = {
-        "colour": lambda t: (t - 0.7)[:, :, 1, 2], "blocks": lambda t: t.unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean((3, 5)) - 0.3,
+        "colour": lambda t: (t - 0.7)[:, :, 1, 2],
+        "blocks": lambda t: t.unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean((3, 5)) - 0.3,
         "hue": lambda t: t - t.mean(1, keepdim=True), "grey and blocks": lambda t: (t * d).sum(1) - 0.6,
     }[kind]
     mask = torch.ones(1, 1, 8, 8)
@@ -440,7 +466,8 @@ def test_every_solver_takes_every_evidence(network, rng, solver, order, kind):
     with torch.inference_mode():
         for given in (None, evidence):
             denoiser = GMDenoiser(network, torch.tensor([3, 7]), 0.3, evidence=given)
-            noise = lambda s, t, g=torch.Generator().manual_seed(1): torch.randn(x.shape, generator=g)  # noqa: E731
+            generator = torch.Generator().manual_seed(1)
+            noise = lambda s, t, g=generator: torch.randn(x.shape, generator=g)  # noqa: E731
             settings = dict(order=order, inpaint=keep)
             out = (sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=4, **settings) if solver == "ode"
                    else sample_gm_sde(denoiser, x, flow_sigmas(3), noise_sampler=noise, **settings))
@@ -453,12 +480,14 @@ def test_every_solver_takes_every_evidence(network, rng, solver, order, kind):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: PixelEvidence(torch.full((1, 3, 4), math.nan), torch.ones(1, 1, 4)), "PixelEvidence: value must be finite"),
+    (lambda: PixelEvidence(torch.full((1, 3, 4), math.nan), torch.ones(1, 1, 4)),
+     "PixelEvidence: value must be finite"),
     (lambda: PixelEvidence(torch.zeros(1, 3, 4), torch.ones(1, 3, 4)), "precision must be"),
     (lambda: PixelEvidence(torch.zeros(2, 3, 4), torch.ones(3, 1, 4)), "precision must be"),
     (lambda: PixelEvidence(torch.zeros(1, 3, 4), torch.full((1, 1, 4), math.inf)), "std > 0"),
     (lambda: DirectionEvidence(torch.zeros(1, 1, 4), torch.ones(1, 3, 4), torch.ones(1, 1, 4)), "unit vectors"),
-    (lambda: DirectionEvidence(torch.zeros(1, 1, 4), torch.full((1, 3, 4), math.nan), torch.ones(1, 1, 4)), "direction must be finite"),
+    (lambda: DirectionEvidence(torch.zeros(1, 1, 4), torch.full((1, 3, 4), math.nan), torch.ones(1, 1, 4)),
+     "direction must be finite"),
     (lambda: BlockEvidence(torch.zeros(1, 3, 2, 2), 0, 0.1), "block must be"),
     (lambda: BlockEvidence(torch.zeros(1, 3, 2, 2), 2, 0.0), "std must be"),
     (lambda: BlockEvidence(torch.zeros(1, 3, 2, 2), 2, math.nan), "std must be"),
@@ -508,7 +537,9 @@ def test_a_trace_keeps_what_evidence_did(network, rng, kind):
             torch.testing.assert_close(got.moments().var, used.moments().var[:1], rtol=1e-2, atol=1e-3)
     numbers = statistics(trace, 0, pixel=(2, 1))
     first = trace.steps[0].corrected
-    assert numbers["steps"][0]["pixel"]["std"] == pytest.approx(first.log_std[0, 0, 0, 1, 2].float().exp().item(), rel=1e-4)
-    assert numbers["steps"][0]["std_within"] == pytest.approx(first.log_std.float().mul(2).exp().mean().sqrt().item(), rel=1e-3)
+    assert numbers["steps"][0]["pixel"]["std"] == pytest.approx(first.log_std[0, 0, 0, 1, 2].float().exp().item(),
+                                                                rel=1e-4)
+    assert numbers["steps"][0]["std_within"] == pytest.approx(first.log_std.float().mul(2).exp().mean().sqrt().item(),
+                                                              rel=1e-3)
     for view in VIEWS:
         draw(trace, view, 1, 0, "aligned", 4, lambda x: x[:, :3], (2, 1))

@@ -1,4 +1,5 @@
-"""Small files that ask for gigabytes, files that are something else, and text that no terminal should see: one line each.
+"""Small files that ask for gigabytes, files that are something else, and text that no terminal should see:
+one line each.
 
 Every file is made here. What it costs to refuse is measured in a child process.
 """
@@ -72,7 +73,8 @@ def costly_files(folder: Path, training: dict):
     """Paths of small files that ask for gigabytes, each with words of the right answer."""
     state = training["state_dict"]
     for i, (name, value) in enumerate((
-        ("emb.class_embedder.embedding_table.weight", torch.zeros(1, 32).expand(10**7, 32)),  # 1.3 GB, ten million classes
+        # 1.3 GB, ten million classes
+        ("emb.class_embedder.embedding_table.weight", torch.zeros(1, 32).expand(10**7, 32)),
         ("pos_embed.pos_embed", torch.zeros(1).expand(1, 4_000_000, 32)),
         ("proj_out_1.weight", torch.zeros(1).as_strided((64, 10**7), (0, 0))),
     )):
@@ -133,7 +135,8 @@ def test_records_that_overlap(tmp_path):
 
 @pytest.mark.parametrize("value, words", [
     (torch.zeros(2, 2).to_sparse(), "tensors that are not plain .*_rebuild_sparse_tensor"),
-    (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "tensors that are not plain .*_rebuild_nested_tensor"),
+    (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+     "tensors that are not plain .*_rebuild_nested_tensor"),
     (torch.empty(10**12, device="meta"), "tensors that are not plain .*_rebuild_meta_tensor"),
     (torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8), "tensors that are not plain .*_rebuild_qtensor"),
 ])
@@ -158,8 +161,9 @@ def test_a_pickle_of_many_steps(tmp_path, monkeypatch):
 
 def test_plain_values_are_read(tmp_path, training):
     """What torch.save writes for ordinary things is no code: numbers, bytes, sizes, dtypes, parameters, sets."""
-    extra = {"size": torch.Size([1]), "dtype": torch.bfloat16, "device": torch.device("cpu"), "bytes": b"\xff\0", "set": {1}, "c": 1j,
-             "parameter": torch.nn.Parameter(torch.zeros(2)), "half": torch.zeros(2, dtype=torch.bfloat16),
+    extra = {"size": torch.Size([1]), "dtype": torch.bfloat16, "device": torch.device("cpu"), "bytes": b"\xff\0",
+             "set": {1}, "c": 1j, "parameter": torch.nn.Parameter(torch.zeros(2)),
+             "half": torch.zeros(2, dtype=torch.bfloat16),
              "optimizer": torch.optim.AdamW([torch.zeros(2)]).state_dict()}
     for new in (True, False):
         if new:  # which the old format never could
@@ -298,8 +302,9 @@ def test_names_are_shortened_and_escaped(tmp_path, saved):
 
 
 @pytest.mark.parametrize("edit", [
-    change("architecture", to="\x1b[2J" * 10**6), change("format", to="\x1b" * 10**6), change("model", to="\x1b" * 10**6),
-    change("model", "\x1b" * 10**6, to=1), change("latent_space", "kind", to="\x1b" * 10**6), change("model", "num_heads", to="\x1b" * 10**6),
+    change("architecture", to="\x1b[2J" * 10**6), change("format", to="\x1b" * 10**6),
+    change("model", to="\x1b" * 10**6), change("model", "\x1b" * 10**6, to=1),
+    change("latent_space", "kind", to="\x1b" * 10**6), change("model", "num_heads", to="\x1b" * 10**6),
 ])
 def test_metadata_is_shortened_and_escaped(saved, edit):
     header = metadata(saved)
@@ -320,7 +325,8 @@ def test_info_is_escaped(saved):
 def test_whatever_a_reader_raises_is_one_line(saved, monkeypatch):
     from gmflow_core import checkpoint
 
-    for error in (MemoryError(), RecursionError("deep"), RuntimeError("a\nb"), KeyError("x"), PermissionError(13, "no")):
+    for error in (MemoryError(), RecursionError("deep"), RuntimeError("a\nb"), KeyError("x"),
+                  PermissionError(13, "no")):
         def fail(*args, error=error):
             raise error
 
@@ -352,7 +358,8 @@ def test_weights_in_parts(small):
         model = load_checkpoint(path).model.state_dict()
         assert all(torch.equal(model[name], value) for name, value in state.items())
     content = json.loads(index.read_text())
-    for bad, words in (("../a.safetensors", "no file beside it"), ("/etc/passwd", "no file beside it"), ("none", "no such file"), (3, "no object")):
+    for bad, words in (("../a.safetensors", "no file beside it"), ("/etc/passwd", "no file beside it"),
+                       ("none", "no such file"), (3, "no object")):
         index.write_text(json.dumps({"weight_map": content["weight_map"] | {"x": bad}}))
         with pytest.raises(CheckpointError, match=words):
             load_checkpoint(small)
@@ -405,7 +412,8 @@ def test_our_own_state_and_dit_training_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["scaled_fp8", "a.scale_weight", "a.weight_scale", "a.comfy_quant"])
 def test_scaled_fp8(tmp_path, name):
-    save_file({"pos_embed.proj.weight": torch.zeros(2, 2, 1, 1).to(torch.float8_e4m3fn), name: torch.ones(1)}, tmp_path / "a.safetensors")
+    save_file({"pos_embed.proj.weight": torch.zeros(2, 2, 1, 1).to(torch.float8_e4m3fn), name: torch.ones(1)},
+              tmp_path / "a.safetensors")
     refused(tmp_path / "a.safetensors", "fp8 with scales of their own")
 
 
@@ -444,7 +452,8 @@ for _ in range(count):
     for _ in range(dice.choice((1, 1, 2, 8, 64))):
         # Names and numbers are at the ends; weights are a dull place to change.
         end = dice.random() < 0.9
-        at = dice.choice((dice.randrange(keep), len(data) - 1 - dice.randrange(keep))) if end else dice.randrange(len(data))
+        ends = dice.randrange(keep), len(data) - 1 - dice.randrange(keep)
+        at = dice.choice(ends) if end else dice.randrange(len(data))
         kind = dice.randrange(5)
         if kind == 0: data[at] ^= 1 << dice.randrange(8)
         elif kind == 1: data[at] = dice.choice(b"\\0\\xff09{}[],:\\x80.R")

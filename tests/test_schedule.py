@@ -46,15 +46,17 @@ def test_a_last_step_of_another_length(steps, final_step, shift):
     raw = unshift_time(flow_sigmas(steps, shift, final_step=final_step).double(), shift)
     lengths = -raw.diff()
     assert raw[0] == 1 and raw[-1] == 0 and len(raw) == steps + 1
-    torch.testing.assert_close(lengths[:-1], torch.full_like(lengths[:-1], 1 / (steps - 1 + final_step)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(lengths[:-1], torch.full_like(lengths[:-1], 1 / (steps - 1 + final_step)),
+                               rtol=0, atol=1e-6)
     assert lengths[-1].item() == pytest.approx(final_step / (steps - 1 + final_step), abs=1e-6)
-    assert torch.equal(flow_sigmas(steps, shift, 0.4, final_step), flow_sigmas(int(steps / 0.4), shift, 1, final_step)[-steps - 1 :])
+    assert torch.equal(flow_sigmas(steps, shift, 0.4, final_step),
+                       flow_sigmas(int(steps / 0.4), shift, 1, final_step)[-steps - 1 :])
 
 
 @pytest.mark.parametrize("kwargs, word", [
     (dict(steps=4, final_step=0.0), "final_step"), (dict(steps=4, final_step=float("nan")), "final_step"),
-    (dict(steps=4, final_step=float("inf")), "final_step"), (dict(steps=0), "steps"), (dict(steps=2.5), "steps"), (dict(steps=4, shift=0.0), "shift"),
-    (dict(steps=4, shift=-1.0), "shift"), (dict(steps=4, denoise=0.0), "denoise"),
+    (dict(steps=4, final_step=float("inf")), "final_step"), (dict(steps=0), "steps"), (dict(steps=2.5), "steps"),
+    (dict(steps=4, shift=0.0), "shift"), (dict(steps=4, shift=-1.0), "shift"), (dict(steps=4, denoise=0.0), "denoise"),
     (dict(steps=4, denoise=1.1), "denoise"),
 ])
 def test_bad_grids_are_refused(kwargs, word):

@@ -5,6 +5,7 @@ Their mixtures do not depend on x, so that nothing amplifies an error: x is comp
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil
 
 import pytest
@@ -15,7 +16,8 @@ from gmflow_core import GaussianMixture, flow_sigmas, sample_gm_ode, sample_gm_s
 from gmflow_core.schedule import substeps_by_length
 
 CASES = json.loads((DATA / "piflow" / "policy.json").read_text())
-DEVIATING = {"small/n2/fsss1": [64, 64], "small/n4/fsss1": [32] * 4, "small/n8/fsss1": [16] * 8}  # theirs: float noise adds one
+# Theirs: float noise adds one.
+DEVIATING = {"small/n2/fsss1": [64, 64], "small/n4/fsss1": [32] * 4, "small/n8/fsss1": [16] * 8}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -49,7 +51,7 @@ def test_substeps_of_the_authors_loop(name):
 def test_substeps_are_the_exact_ceiling(shift, final_step):
     for steps in range(1, 129):
         raw = [1 - Fraction(i) / (steps - 1 + Fraction(final_step)) for i in range(steps)] + [Fraction(0)]
-        exact = [max(1, ceil(128 * (t - t_next))) for t, t_next in zip(raw, raw[1:])]
+        exact = [max(1, ceil(128 * (t - t_next))) for t, t_next in pairwise(raw)]
         sigmas = flow_sigmas(steps, shift, final_step=final_step)
         assert substeps_by_length(sigmas.tolist(), shift) == exact
     assert substeps_by_length([1.0, 0.999], 1.0) == [1]

@@ -1,4 +1,5 @@
-"""Tilts with another precision at each pixel, channel or axis: against dense Gaussian algebra, a grid integral and draws."""
+"""Tilts with another precision at each pixel, channel or axis: against dense Gaussian algebra,
+a grid integral and draws."""
 
 import pytest
 import torch
@@ -37,18 +38,20 @@ def factors(rng, c=3, space=SPACE):
 
 
 def dense_tilt(m, *factors):
-    """The tilted mixture in torch.distributions, batch (B,*S): every component's Gaussian algebra with full matrices."""
+    """The tilted mixture in torch.distributions, batch (B,*S): every component's Gaussian algebra with full
+    matrices."""
     last = lambda t, *axes: t.movedim(axes, tuple(range(-len(axes), 0)))  # noqa: E731
     c = m.channels
-    v = last(m.var.expand(m.mean().shape), 1)[..., None, :]                                       # (B,*S,1,C)
-    means, logits = last(m.means, 1, 2), last(m.log_weights.squeeze(2), 1)                         # (B,*S,K,C), (B,*S,K)
-    matrix = sum(dense_precision(f, c, m) for f in factors)[..., None, :, :]                       # (B,*S,1,C,C)
-    shift = sum(last(f.shift, 1) for f in factors)[..., None, :]                                   # (B,*S,1,C)
+    v = last(m.var.expand(m.mean().shape), 1)[..., None, :]                                    # (B,*S,1,C)
+    means, logits = last(m.means, 1, 2), last(m.log_weights.squeeze(2), 1)                     # (B,*S,K,C), (B,*S,K)
+    matrix = sum(dense_precision(f, c, m) for f in factors)[..., None, :, :]                   # (B,*S,1,C,C)
+    shift = sum(last(f.shift, 1) for f in factors)[..., None, :]                               # (B,*S,1,C)
     cov = torch.linalg.inv(torch.diag_embed(1 / v) + matrix)
     tilted = (cov @ (means / v + shift)[..., None])[..., 0]
     # N(x; mean, v) exp(h.x - x.Lambda x / 2) integrates to this, up to what all components share.
     inverse = torch.linalg.inv(cov)
-    logits = logits + 0.5 * (tilted[..., None, :] @ inverse @ tilted[..., None]).squeeze((-2, -1)) - 0.5 * (means**2 / v).sum(-1)
+    logits = (logits + 0.5 * (tilted[..., None, :] @ inverse @ tilted[..., None]).squeeze((-2, -1)) - 0.5
+              * (means**2 / v).sum(-1))
     return MixtureSameFamily(Categorical(logits=logits), MultivariateNormal(tilted, cov.expand(*tilted.shape, c)))
 
 
@@ -136,7 +139,8 @@ def test_tilts_are_reanchored(rng, kind):
         expected = dense_tilt(m, f, reanchor_factor(x, 0.9, y, sigma)).mean.movedim(-1, 1)
         torch.testing.assert_close(later.mean(i, y), expected, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(m.tilt(f).tilted_mean(likelihood_factor(y, sigma)),
-                                   dense_tilt(m, f, likelihood_factor(y, sigma)).mean.movedim(-1, 1), rtol=1e-9, atol=1e-10)
+                                   dense_tilt(m, f, likelihood_factor(y, sigma)).mean.movedim(-1, 1),
+                                   rtol=1e-9, atol=1e-10)
 
 
 def test_a_precision_per_channel_knows_no_other_axes_once_its_base_is_lost(rng):
@@ -181,7 +185,8 @@ def test_what_has_one_precision_a_sample_takes_the_plain_way(rng):
     m = random_mixture(rng, c=3)
     f = factors(rng)["sample"]
     tilted = m.tilt(f).tilt(f)
-    assert type(tilted) is TiltedMixture and tilted.var.shape == (2, 1, 1, 1) and tilted.log_std.shape == (2, 1, 1, 1, 1)
+    assert type(tilted) is TiltedMixture and tilted.var.shape == (2, 1, 1, 1)
+    assert tilted.log_std.shape == (2, 1, 1, 1, 1)
     assert type(m.tilt(factors(rng)["axes"]).tilt(f)) is TurnedMixture
 
 

@@ -104,9 +104,8 @@ class TrainConfig:
         if self.loss == "l2" and self.mean_weight:
             raise ValueError("loss l2 is the squared error of the mean alone: mean_weight must be 0")
         if self.parallel == "fsdp" and (self.optimizer, self.ema_device) != ("adamw", "same"):
-            raise ValueError("parallel fsdp shares out what optimizer=adamw and ema_device=same keep; "
-                             f"got optimizer {self.optimizer!r}, ema_device {self.ema_device!r}: "
-                             "set these two, or parallel=ddp")
+            raise ValueError("parallel fsdp shares out what optimizer=adamw and ema_device=same keep; got optimizer "
+                             f"{self.optimizer!r}, ema_device {self.ema_device!r}: set these two, or parallel=ddp")
         if self.spectrum is not None:
             _check_spectrum(self.spectrum, self.model)
 

@@ -22,9 +22,8 @@ def load_vae(source: str, device: torch.device):
     try:
         vae = AutoencoderKL.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no AutoencoderKL could be loaded from it ({error}); "
-                         "expected a diffusers folder with config.json, "
-                         "or a name on the hub such as stabilityai/sd-vae-ft-ema") from None
+        raise ValueError(f"{source}: no AutoencoderKL could be loaded from it ({error}); expected a diffusers folder "
+                         "with config.json, or a name on the hub such as stabilityai/sd-vae-ft-ema") from None
     return vae.eval().requires_grad_(False).to(device)
 
 

@@ -13,7 +13,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from .graph import Flow, Group, Output, fields, inputs_of, options
 

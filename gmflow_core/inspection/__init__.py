@@ -1,1 +1,1 @@
-"""What a mixture believes along a trajectory: kept (trace), measured (beliefs, statistics), drawn (scene, views, ...)."""
+"""What a mixture believes along a trajectory: kept (trace), measured (beliefs, statistics), drawn (all the others)."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..mixture import GaussianFactor, GaussianMixture
+from ..mixture import GaussianFactor, GaussianMixture, Mixture
 
 # Pixels of a clustering: enough for a picture, whatever its size.
 MAX_PIXELS = 1024
@@ -21,29 +21,29 @@ MAX_PIXELS = 1024
 BLOCK = 2**22
 
 
-def weight_entropy(mixture: GaussianMixture) -> Tensor:
+def weight_entropy(mixture: Mixture) -> Tensor:
     r"""-sum_k w_k log2 w_k in bits, from 0 (decided) to log2 K: (B,*S)."""
     nats = (0 - torch.special.xlogy(mixture.weights, mixture.weights).sum(1).squeeze(1)).clamp(min=0)  # never -0
     return nats / torch.log(torch.tensor(2.0)).to(nats)
 
 
-def effective_components(mixture: GaussianMixture) -> Tensor:
+def effective_components(mixture: Mixture) -> Tensor:
     r"""2^entropy, the number of equally weighted components of that entropy, 1 to K: (B,*S)."""
     return torch.exp2(weight_entropy(mixture))
 
 
-def dominant_component(mixture: GaussianMixture) -> Tensor:
+def dominant_component(mixture: Mixture) -> Tensor:
     """Index of the heaviest component, int64 (B,*S)."""
     return mixture.log_weights.argmax(1).squeeze(1)
 
 
-def dominance(mixture: GaussianMixture) -> Tensor:
+def dominance(mixture: Mixture) -> Tensor:
     """Share of pixels in which each component is the heaviest, (B,K)."""
     winners = torch.nn.functional.one_hot(dominant_component(mixture).flatten(1), mixture.components)
     return winners.float().mean(1)
 
 
-def mean_weights(mixture: GaussianMixture) -> Tensor:
+def mean_weights(mixture: Mixture) -> Tensor:
     """Weight of each component averaged over space, (B,K)."""
     return mixture.weights.flatten(2).mean(2)
 
@@ -57,19 +57,19 @@ class Spread:
     total: Tensor
 
 
-def spread(mixture: GaussianMixture) -> Spread:
+def spread(mixture: Mixture) -> Spread:
     r"""total^2 = within^2 + between^2, between^2 = sum_k w_k |mean_k - m|^2 / C."""
     total = mixture.moments().var.squeeze(1)
     within = mixture.var.squeeze(1).expand_as(total)
     return Spread(within.sqrt(), (total - within).clamp(min=0).sqrt(), total.sqrt())
 
 
-def mean_shift(mixture: GaussianMixture, other: GaussianMixture) -> Tensor:
+def mean_shift(mixture: Mixture, other: Mixture) -> Tensor:
     """How far apart two means are at a pixel, root mean square over channels: (B,*S)."""
     return (mixture.mean() - other.mean()).square().mean(1).sqrt()
 
 
-def tilt_divergence(mixture: GaussianMixture, factor: GaussianFactor) -> Tensor:
+def tilt_divergence(mixture: Mixture, factor: GaussianFactor) -> Tensor:
     r"""KL(p tilted || p) of a mixture p and a tilt f(x) = exp(h.x - lambda |x|^2/2), in nats, exactly: (B,*S).
 
         KL = E[log f] - log Z under the tilted p, Z = sum_k w_k (1 + lambda v)^(-C/2)
@@ -88,18 +88,18 @@ def tilt_divergence(mixture: GaussianMixture, factor: GaussianFactor) -> Tensor:
     return (expected - log_z).squeeze(1)
 
 
-def reorder(mixture: GaussianMixture, order: Tensor) -> GaussianMixture:
+def reorder(mixture: Mixture, order: Tensor) -> GaussianMixture:
     """Permute each pixel's components: new component j is old component order[:, j]. order (B,K,1,*S)."""
     means = mixture.means.gather(1, order.expand_as(mixture.means))
     return GaussianMixture(means, mixture.log_weights.gather(1, order), mixture.log_std)
 
 
-def rank(mixture: GaussianMixture) -> GaussianMixture:
+def rank(mixture: Mixture) -> GaussianMixture:
     """Each pixel's components by falling weight."""
     return reorder(mixture, mixture.log_weights.argsort(dim=1, descending=True))
 
 
-def align(mixture: GaussianMixture, iterations: int = 20) -> GaussianMixture:
+def align(mixture: Mixture, iterations: int = 20) -> GaussianMixture:
     """Order every pixel's components so that component k is one hypothesis over the whole image.
 
     Per image: the clusters of :func:`regions`, one for each component; then each pixel's K components
@@ -109,7 +109,7 @@ def align(mixture: GaussianMixture, iterations: int = 20) -> GaussianMixture:
     return reorder(mixture, order.reshape(mixture.log_weights.shape))
 
 
-def follow(mixture: GaussianMixture, previous: GaussianMixture) -> GaussianMixture:
+def follow(mixture: Mixture, previous: Mixture) -> GaussianMixture:
     """Order the components of a step as those of the step before it, so that component k stays itself.
 
     At every pixel the K components are matched one to one with the K of ``previous``, nearest means first,
@@ -121,15 +121,15 @@ def follow(mixture: GaussianMixture, previous: GaussianMixture) -> GaussianMixtu
     return reorder(mixture, order.reshape(mixture.log_weights.shape))
 
 
-def regions(mixture: GaussianMixture, count: int, iterations: int = 20) -> Tensor:
+def regions(mixture: Mixture, count: int, iterations: int = 20) -> Tensor:
     """What the hypotheses of an image are: centres (B,count,C) in x_0 space, by falling weight.
 
     Per image, a weighted k-means over all pixels' component means, started from farthest points.
     """
-    return torch.stack([cluster(m, w, count, iterations) for m, w in zip(*_flat(mixture))])
+    return torch.stack([cluster(m, w, count, iterations) for m, w in zip(*_flat(mixture), strict=True)])
 
 
-def hypotheses(mixture: GaussianMixture, count: int, centres: Tensor | None = None) -> GaussianMixture:
+def hypotheses(mixture: Mixture, count: int, centres: Tensor | None = None) -> GaussianMixture:
     """At most ``count`` hypotheses of the whole image: a coarser mixture, for pictures.
 
     A pixel's components go each to the nearest centre: those that share one are merged (weights add,
@@ -140,8 +140,8 @@ def hypotheses(mixture: GaussianMixture, count: int, centres: Tensor | None = No
     """
     b, _, c, *space = mixture.means.shape
     centres = regions(mixture, count) if centres is None else centres
-    merged = [_merge(m, w, centre) for m, w, centre in zip(*_flat(mixture), centres)]
-    means, weights = (torch.stack(x).movedim(1, -1) for x in zip(*merged))      # (B,N,C,S), (B,N,S)
+    merged = [_merge(m, w, centre) for m, w, centre in zip(*_flat(mixture), centres, strict=True)]
+    means, weights = (torch.stack(x).movedim(1, -1) for x in zip(*merged, strict=True))      # (B,N,C,S), (B,N,S)
     return GaussianMixture(
         means.reshape(b, count, c, *space), weights.log().reshape(b, count, 1, *space), mixture.log_std
     )
@@ -152,7 +152,7 @@ def _points(means: Tensor) -> Tensor:
     return means.flatten(3).movedim(-1, 1)
 
 
-def _flat(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+def _flat(mixture: Mixture) -> tuple[Tensor, Tensor]:
     """Means (B,S,K,C) and weights (B,S,K)."""
     return _points(mixture.means), mixture.weights.flatten(2).movedim(-1, 1)
 
@@ -161,8 +161,8 @@ def _order(points: Tensor, targets: Tensor) -> Tensor:
     """order (B,K,S): which of a pixel's points (B,S,K,C) goes to each of the targets (B,S|1,K,C)."""
     block = max(1, BLOCK // points.shape[2] ** 2)                               # of pixels, for memory
     order = [
-        torch.cat([_match(*pair) for pair in zip(p.split(block), t.expand_as(p).split(block))])
-        for p, t in zip(points, targets)
+        torch.cat([_match(*pair) for pair in zip(p.split(block), t.expand_as(p).split(block), strict=True)])
+        for p, t in zip(points, targets, strict=True)
     ]
     return torch.stack(order).movedim(1, -1)
 

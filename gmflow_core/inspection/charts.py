@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..mixture import GaussianMixture
+from ..mixture import Mixture
 from ..pictures import FAINT, PAPER, TEXT, font, text_width
 
 # Okabe and Ito's palette and four more: told apart by the colour-blind as far as twelve colours can be.
@@ -26,7 +27,8 @@ def component_colour(k: int) -> tuple[int, int, int]:
     """Twelve colours; past them the same ones paler, then darker, then paler again."""
     turn, base = k // len(PALETTE), PALETTE[k % len(PALETTE)]
     target, amount = (255 if turn % 2 else 0), (0, 0.4, 0.65, 0.8)[min((turn + 1) // 2, 3)]
-    return tuple(round(c + amount * (target - c)) for c in base)
+    red, green, blue = (round(c + amount * (target - c)) for c in base)
+    return red, green, blue
 
 
 def component_colours(count: int) -> list[tuple[int, int, int]]:
@@ -79,7 +81,7 @@ class Axes:
     def names(self, names: Sequence[str], colours: Sequence) -> None:
         """What the lines are, each behind a dash of its colour, in the chart from the top right, in rows if need be."""
         x, y = self.box[2], self.box[1] + 22
-        for name, colour in reversed(list(zip(names, colours))):
+        for name, colour in reversed(list(zip(names, colours, strict=True))):
             width = text_width(name, 28) + 34
             if x - width < self.box[0]:
                 x, y = self.box[2], y + 34
@@ -104,7 +106,8 @@ def nice_ticks(low: float, high: float, count: int = 4, whole: bool = False) -> 
         return [low]
     raw = max((high - low) / count, 1.0 if whole else 0.0)
     unit = 10 ** math.floor(math.log10(raw))
-    step = next(m * unit for m in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if m * unit >= raw * (0.9 if whole else 0.999))
+    factors, least = ((1, 2, 5, 10), 0.9 * raw) if whole else ((1, 2, 2.5, 5, 10), 0.999 * raw)
+    step = next(m * unit for m in factors if m * unit >= least)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -132,11 +135,11 @@ def line_chart(
     axes = Axes(size, (1.0, 0.0), (0.0, top))
     axes.frame(title, "sigma", SIGMAS, nice_ticks(0, top, whole=whole))
     colours = component_colours(len(series))
-    for line, colour in zip(series, colours):
-        if line.low is not None:
+    for line, colour in zip(series, colours, strict=True):
+        if line.low is not None and line.high is not None:
             _band(axes, sigmas, line.low, line.high, (*colour, 48))
-    for line, colour in zip(series, colours):
-        points = [axes.at(s, v) for s, v in zip(sigmas, line.values)]
+    for line, colour in zip(series, colours, strict=True):
+        points = [axes.at(s, v) for s, v in zip(sigmas, line.values, strict=True)]
         axes.pen.line(points, colour, 5, joint="curve")
         radius = 6 if len(points) <= 20 else 0
         for px, py in points if len(points) > 1 else [(_inside(axes, points[0][0]), points[0][1])]:
@@ -148,7 +151,8 @@ def line_chart(
     return axes.picture()
 
 
-def share_chart(title: str, sigmas: Sequence[float], shares: Sequence[Sequence[float]], size=(440, 250), now: float | None = None):
+def share_chart(title: str, sigmas: Sequence[float], shares: Sequence[Sequence[float]], size=(440, 250),
+                now: float | None = None):
     """Shares of every step (steps, parts) on top of each other against sigma, in per cent, each with its number.
 
     Parts past the twelfth are one grey area, with what no part holds.
@@ -158,7 +162,7 @@ def share_chart(title: str, sigmas: Sequence[float], shares: Sequence[Sequence[f
     edges = [[100 * sum(row[:k]) for row in shares] for k in range(len(shares[0]) + 1)]
     if len(edges) > most + 2 or min(edges[-1]) < 99.5:
         edges, most = [*edges[: most + 1], [100.0] * len(sigmas)], min(most, len(edges) - 1)
-    for k, (low, high) in enumerate(zip(edges, edges[1:])):
+    for k, (low, high) in enumerate(pairwise(edges)):
         colour = component_colour(k) if k < most else REST
         _band(axes, sigmas, low, high, colour)
         i = max(range(len(sigmas)), key=lambda i: high[i] - low[i])             # where there is most room
@@ -182,16 +186,17 @@ def _inside(axes: Axes, px: float) -> float:
 def _band(axes: Axes, sigmas: Sequence[float], low: Sequence[float], high: Sequence[float], colour) -> None:
     """The area between two lines; of a single step, a bar."""
     if len(sigmas) > 1:
-        axes.pen.polygon([axes.at(s, v) for s, v in zip(sigmas, high)] + [axes.at(s, v) for s, v in zip(sigmas, low)][::-1], colour)
+        edges = [[axes.at(s, v) for s, v in zip(sigmas, line, strict=True)] for line in (high, low)]
+        axes.pen.polygon(edges[0] + edges[1][::-1], colour)
     else:
         (px, bottom), (_, top) = axes.at(sigmas[0], low[0]), axes.at(sigmas[0], high[0])
         middle = _inside(axes, px)
         axes.pen.rectangle((middle - 24, min(top, bottom), middle + 24, bottom), colour)
 
 
-def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, int]], size=(326, 340)):
-    """One pixel's components (1,K,C,1,1) in the two principal axes of their means: discs with areas as weights, the heavy
-    ones with their numbers, circles of one standard deviation, a cross at the mean. Both axes have one scale."""
+def scatter_chart(mixture: Mixture, colours: Sequence[tuple[int, int, int]], size=(326, 340)):
+    """One pixel's components (1,K,C,1,1) in the two principal axes of their means: discs with areas as weights, the
+    heavy ones with their numbers, circles of one standard deviation, a cross at the mean. Both axes have one scale."""
     means, weights = mixture.means[0, :, :, 0, 0].double(), mixture.weights[0, :, 0, 0, 0].double()
     std = float(mixture.log_std.exp())
     centre = (weights[:, None] * means).sum(0)
@@ -207,7 +212,8 @@ def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, in
     heaviest = weights.argsort(descending=True).tolist()
     places = {k: (*axes.at(*flat[k].tolist()), 46 * math.sqrt(float(weights[k]))) for k in heaviest}
     for k, (px, py, disc) in places.items():
-        axes.pen.ellipse((px - disc, py - disc, px + disc, py + disc), (*colours[k], 235), outline=(60, 60, 60, 200), width=2)
+        axes.pen.ellipse((px - disc, py - disc, px + disc, py + disc), (*colours[k], 235),
+                         outline=(60, 60, 60, 200), width=2)
     for px, py, _ in places.values():
         axes.pen.ellipse((px - ring, py - ring, px + ring, py + ring), outline=faint, width=2)
     px, py = axes.at(0, 0)
@@ -218,11 +224,12 @@ def scatter_chart(mixture: GaussianMixture, colours: Sequence[tuple[int, int, in
     for k in heaviest[:6]:
         px, py, disc = places[k]
         if weights[k] > 0.02:
-            axes.pen.text((px + 0.75 * disc + 4, py - 0.75 * disc - 2), str(k + 1), TEXT, font(26), anchor="lb", stroke_width=3, stroke_fill=PAPER)
+            axes.pen.text((px + 0.75 * disc + 4, py - 0.75 * disc - 2), str(k + 1), TEXT, font(26), anchor="lb",
+                          stroke_width=3, stroke_fill=PAPER)
     return axes.picture()
 
 
-def marginal_chart(mixture: GaussianMixture, names: Sequence[str], size=(420, 340)):
+def marginal_chart(mixture: Mixture, names: Sequence[str], size=(420, 340)):
     """The 1D marginal densities of one pixel's mixture (1,K,C,1,1), a line for each channel."""
     means, weights = mixture.means[0, :, :, 0, 0].double(), mixture.weights[0, :, 0, 0, 0].double()
     std = max(float(mixture.log_std.exp()), 1e-4)
@@ -233,13 +240,16 @@ def marginal_chart(mixture: GaussianMixture, names: Sequence[str], size=(420, 34
     axes = Axes(size, (low, high), (0.0, top))
     axes.frame("marginal densities", "x_0", nice_ticks(low, high), nice_ticks(0, top))
     colours = channel_colours(names)
-    for i, (channel, colour) in enumerate(zip(density, colours)):  # the first are wide: they show beside those that hide them
-        axes.pen.line([axes.at(x, y) for x, y in zip(grid.tolist(), channel.tolist())], colour, max(4, 10 - 3 * i), joint="curve")
+    # The first are wide: they show beside those that hide them.
+    for i, (channel, colour) in enumerate(zip(density, colours, strict=True)):
+        curve = [axes.at(x, y) for x, y in zip(grid.tolist(), channel.tolist(), strict=True)]
+        axes.pen.line(curve, colour, max(4, 10 - 3 * i), joint="curve")
     axes.names(names, colours)
     return axes.picture()
 
 
-def weight_bars(weights: Sequence[float], colours: Sequence[tuple[int, int, int]], groups: Sequence[int] | None = None, size=(250, 340), rows: int = 10):
+def weight_bars(weights: Sequence[float], colours: Sequence[tuple[int, int, int]], groups: Sequence[int] | None = None,
+                size=(250, 340), rows: int = 10):
     """The heaviest of one pixel's components as bars with their share and number; the rest as a sum.
 
     ``groups``: the hypothesis of each, whose number and colour come last.
@@ -267,7 +277,8 @@ def weight_bars(weights: Sequence[float], colours: Sequence[tuple[int, int, int]
 
 
 def marginal_grid(means: Tensor, std: float, low: float, high: float) -> Tensor:
-    """Points of a curve over [low, high], close together around every mean (K,C), however narrow the components are: (N,)."""
+    """Points (N,) of a curve over [low, high], close together around every mean (K,C), however narrow the
+    components are."""
     around = means.flatten()[:, None] + std * torch.linspace(-4, 4, 33, dtype=torch.float64)
     return torch.cat([torch.linspace(low, high, 400, dtype=torch.float64), around.flatten()]).clamp(low, high).unique()
 

@@ -26,8 +26,8 @@ def save_pixels(scene: Scene, path: Path, colours: Decode) -> bool:
 
     N components in the scene's order: ``weights`` (H,W,N), ``means`` (H,W,N,C) and ``entropy`` (H,W) in bits,
     half precision; ``rgb`` (H,W,1+N,3), uint8: what the mean and each component look like, by ``colours``
-    (x_0 (N,C,H,W) to RGB of the same size). The metadata's ``gmflow_pixels`` is JSON: title, what the N are, number of all
-    components, standard deviation, largest entropy, and the components' colours.
+    (x_0 (N,C,H,W) to RGB of the same size). The metadata's ``gmflow_pixels`` is JSON: title, what the N are, number of
+    all components, standard deviation, largest entropy, and the components' colours.
     """
     whole, shown = scene.step.corrected, scene.mixture
     (height, width), count = scene.latent, shown.components
@@ -39,7 +39,8 @@ def save_pixels(scene: Scene, path: Path, colours: Decode) -> bool:
         "entropy": weight_entropy(whole)[0].half(), "rgb": rgb.permute(1, 2, 0, 3),
     }
     about = {
-        "title": scene.title, "parts": PARTS[scene.order], "components": whole.components, "std": round(float(whole.log_std.mean().exp()), 6),
+        "title": scene.title, "parts": PARTS[scene.order], "components": whole.components,
+        "std": round(float(whole.log_std.mean().exp()), 6),
         "bits": math.log2(whole.components), "colours": component_colours(count),
     }
     write_safetensors(path, {name: t.contiguous() for name, t in tensors.items()}, {"gmflow_pixels": json.dumps(about)})

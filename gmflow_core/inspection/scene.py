@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..mixture import GaussianMixture
+from ..mixture import GaussianMixture, Mixture
 from ..pictures import colour_bar, heat
 from .beliefs import hypotheses, mean_weights, rank
 from .statistics import check_count, first_regions
@@ -22,7 +22,7 @@ ORDERS = ("aligned", "ranked", "raw")
 Decode = Callable[[Tensor], Tensor]
 
 
-def ordered(mixture: GaussianMixture, order: str, count: int, centres: Tensor | None = None) -> GaussianMixture:
+def ordered(mixture: Mixture, order: str, count: int, centres: Tensor | None = None) -> GaussianMixture:
     """At most ``count`` components, comparable over the image (aligned), by weight per pixel (ranked) or as they are.
 
     ``centres``: the hypotheses of the trajectory, for ``aligned``; None for the mixture's own.
@@ -79,7 +79,8 @@ class Scene:
     @property
     def latent(self) -> tuple[int, int]:
         """(height, width)"""
-        return tuple(self.step.x.shape[-2:])
+        height, width = self.step.x.shape[-2:]
+        return height, width
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -92,9 +93,11 @@ class Scene:
         return colour_bar(0, top, unit, self.size[1], beyond=beyond)
 
     def maps(self, unit: str, *values: Callable[[TraceStep], Tensor | None], top: float | None = None) -> tuple:
-        """Tiles of a step's maps (1,H,W) on one scale, and their colour bar. The scale ends at ``top``, or as :meth:`scale` has it."""
+        """Tiles of a step's maps (1,H,W) on one scale, and their colour bar.
+        The scale ends at ``top``, or as :meth:`scale` has it."""
         top, beyond = (top, False) if top is not None else self.scale(*values)
-        return *(self.tile(heat(value(self.step), 0, top)) for value in values), self.bar(top, unit, beyond)
+        found = [value(self.step) for value in values]  # what is shown has them; another step may not
+        return *(self.tile(heat(v, 0, top)) for v in found if v is not None), self.bar(top, unit, beyond)
 
     def scale(self, *values: Callable[[TraceStep], Tensor | None]) -> tuple[float, bool]:
         """The largest of a step's values; if a few are far above the rest, where 99.5 % of them end, and True."""
@@ -112,8 +115,10 @@ class Scene:
             return ""
         if self.order == "aligned":
             many = f"{shown} hypotheses" if shown > 1 else "one hypothesis"
-            return f"The {all_} components of a pixel in {many}: clusters of the first step's means, the same at every step."
-        how = "by falling weight: 1 is the heaviest everywhere" if self.order == "ranked" else "as the network numbers them"
+            return (f"The {all_} components of a pixel in {many}: clusters of the first step's means, "
+                    "the same at every step.")
+        how = ("by falling weight: 1 is the heaviest everywhere" if self.order == "ranked"
+               else "as the network numbers them")
         if shown == all_:
             return f"The {all_} components of each pixel {how}."
         rest = 100 * (1 - float(mean_weights(self.mixture).sum()))
@@ -141,7 +146,8 @@ def checked(decode: Decode) -> Decode:
         wrong = not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) != len(x)
         if wrong or pictures.shape[2] * x.shape[3] != pictures.shape[3] * x.shape[2]:
             got = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
-            raise ValueError(f"decode: got {got} for {tuple(x.shape)}; pictures (N,3,H',W') are expected, one each and of the same proportions")
+            raise ValueError(f"decode: got {got} for {tuple(x.shape)}; pictures (N,3,H',W') are expected, "
+                             "one each and of the same proportions")
         return pictures
 
     return decoded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..mixture import GaussianMixture
+from ..mixture import GaussianMixture, Mixture
 from .beliefs import align, dominance, follow, hypotheses, mean_shift, mean_weights, regions, spread, weight_entropy
 from .trace import Trace, TraceStep, pick
 
@@ -15,7 +15,8 @@ def statistics(trace: Trace, image: int = 0, count: int = 8, pixel: tuple[int, i
 
     Entropy in bits, standard deviations and shifts (root mean square over channels) in units of x_0, KL in nats.
     Components are aligned over the image at the first step and followed from there; ``count`` is the number of
-    hypotheses, at most: the pictures' ``max_components``. With ``pixel`` (x, y) each step also has that pixel's mixture.
+    hypotheses, at most: the pictures' ``max_components``. With ``pixel`` (x, y) each step also has that pixel's
+    mixture.
     """
     check_count(count)
     centres, aligned, steps = first_regions(trace, image, count), None, []
@@ -42,7 +43,7 @@ def first_regions(trace: Trace, image: int, count: int) -> Tensor:
     return regions(first, min(count, first.components))
 
 
-def at_pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> GaussianMixture:
+def at_pixel(mixture: Mixture, pixel: tuple[int, int]) -> GaussianMixture:
     """The mixture (B,K,C,1,1) of one pixel (x, y); ValueError if there is none."""
     x, y = pixel
     check_pixel(pixel, *mixture.means.shape[-2:])
@@ -52,12 +53,13 @@ def at_pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> GaussianMixtur
 
 def check_pixel(pixel: tuple[int, int], height: int, width: int) -> None:
     """ValueError for a pixel (x, y) outside a latent of that size."""
-    for axis, value, size in zip("xy", pixel, (width, height)):
+    for axis, value, size in zip("xy", pixel, (width, height), strict=True):
         if not 0 <= value < size:
-            raise ValueError(f"pixel_{axis}: got {value}; this latent is {width} x {height} (width x height), so 0 to {size - 1}")
+            raise ValueError(f"pixel_{axis}: got {value}; "
+                             f"this latent is {width} x {height} (width x height), so 0 to {size - 1}")
 
 
-def _pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> dict:
+def _pixel(mixture: Mixture, pixel: tuple[int, int]) -> dict:
     """One pixel's whole mixture, components as the network numbers them."""
     one = at_pixel(mixture, pixel)
     return {
@@ -67,7 +69,7 @@ def _pixel(mixture: GaussianMixture, pixel: tuple[int, int]) -> dict:
     }
 
 
-def _shares(mixture: GaussianMixture) -> dict:
+def _shares(mixture: Mixture) -> dict:
     return {
         "weights": [_number(v) for v in mean_weights(mixture)[0].tolist()],
         "dominance": [_number(v) for v in dominance(mixture)[0].tolist()],

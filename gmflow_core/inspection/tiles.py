@@ -56,7 +56,8 @@ def see_through(picture, opacity: Tensor):
     for x in range(0, picture.width, 12):
         for y in range(0, picture.height, 12):
             checks.paste(pair, (x, y))
-    mask = Image.fromarray((255 * opacity).round().byte().numpy()).resize(picture.size, _filter(opacity.shape[1], picture.width))
+    mask = Image.fromarray((255 * opacity).round().byte().numpy())
+    mask = mask.resize(picture.size, _filter(opacity.shape[1], picture.width))
     return Image.composite(picture, checks, mask)
 
 
@@ -66,7 +67,8 @@ def caption_width(captions: Sequence[str]) -> int:
 
 
 def captioned(tiles: Sequence, captions: Sequence[str], colours: Sequence | None, columns: int, least: int = 0):
-    """Tiles in rows, each with a caption beneath, and before it a swatch of its colour. A column is ``least`` wide or more."""
+    """Tiles in rows, each with a caption beneath, and before it a swatch of its colour.
+    A column is ``least`` wide or more."""
     from PIL import Image, ImageDraw
 
     width, height, gap, foot = tiles[0].width, tiles[0].height, 10, 30
@@ -75,7 +77,7 @@ def captioned(tiles: Sequence, captions: Sequence[str], colours: Sequence | None
     rows = -(-len(tiles) // columns)
     canvas = Image.new("RGB", (columns * (wide + gap) - gap, rows * (height + foot)), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for i, (picture, caption) in enumerate(zip(tiles, captions)):
+    for i, (picture, caption) in enumerate(zip(tiles, captions, strict=True)):
         x, y = i % columns * (wide + gap), i // columns * (height + foot)
         canvas.paste(picture, (x, y))
         if colours is not None:
@@ -101,16 +103,19 @@ def legend(colours: Sequence[tuple[int, int, int]], names: Sequence[str], rows: 
 
 
 def marked(picture, pixel: tuple[int, int], latent: Sequence[int]):
-    """The picture with a box around one pixel (x, y) of the latent (h, w), all of it inside; a tiny one gets a box that can be seen."""
+    """The picture with a box around one pixel (x, y) of the latent (h, w), all of it inside;
+    a tiny one gets a box that can be seen."""
     from PIL import ImageDraw
 
     picture = picture.copy()
     unit = picture.width / latent[1], picture.height / latent[0]
     half = [max(u / 2, 6) for u in unit]
-    centre = [min(max((p + 0.5) * u, h + 2), side - h - 2) for p, u, h, side in zip(pixel, unit, half, picture.size)]
+    centre = [min(max((p + 0.5) * u, h + 2), side - h - 2)
+              for p, u, h, side in zip(pixel, unit, half, picture.size, strict=True)]
     pen = ImageDraw.Draw(picture)
     for grow, colour in ((2, (255, 255, 255)), (1, (0, 0, 0)), (0, (255, 255, 255))):
-        pen.rectangle((*(c - h - grow for c, h in zip(centre, half)), *(c + h + grow - 1 for c, h in zip(centre, half))), outline=colour)
+        (x, y), (a, b) = centre, half
+        pen.rectangle((x - a - grow, y - b - grow, x + a + grow - 1, y + b + grow - 1), outline=colour)
     return picture
 
 
@@ -132,22 +137,23 @@ def evened(pictures: Sequence) -> list:
 
     size = max(p.width for p in pictures), max(p.height for p in pictures)
     frames = [Image.new("RGB", size, PAPER) for _ in pictures]
-    for frame, picture in zip(frames, pictures):
+    for frame, picture in zip(frames, pictures, strict=True):
         frame.paste(picture, (0, 0))
     return frames
 
 
 def save_animation(pictures: Sequence, path, milliseconds: int = 700) -> None:
-    """Pictures as a ``.gif`` or ``.webp`` that repeats. A GIF has 256 colours: those of charts and maps exactly, the rest as they come."""
+    """Pictures as a ``.gif`` or ``.webp`` that repeats. A GIF has 256 colours:
+    those of charts and maps exactly, the rest as they come."""
     from PIL import Image
 
     frames = evened(pictures)
     if path.suffix.lower() == ".gif":
         map_colours = to_uint8(heat(torch.linspace(0, 1, 64)[None], 0, 1)[None])[0, 0].flatten().tolist()
         exact = [channel for colour in (PAPER, TEXT, FAINT, *CHECKS, *PALETTE) for channel in colour] + map_colours
-        adaptive = stacked(frames).quantize(256 - len(exact) // 3, method=Image.Quantize.MAXCOVERAGE, kmeans=4).getpalette()
+        found = stacked(frames).quantize(256 - len(exact) // 3, method=Image.Quantize.MAXCOVERAGE, kmeans=4)
         palette = Image.new("P", (1, 1))
-        palette.putpalette((exact + adaptive)[: 3 * 256])
+        palette.putpalette((exact + (found.getpalette() or []))[: 3 * 256])
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first, *rest = frames
     write_picture(Path(path), first, save_all=True, append_images=rest, duration=milliseconds, loop=0, lossless=True)

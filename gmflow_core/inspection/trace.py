@@ -25,9 +25,9 @@ class TraceStep:
     sigma: float
     sigma_next: float
     x: Tensor                       # (B,C,*S) the step's x_t
-    conditional: GaussianMixture    # before guidance
-    guided: GaussianMixture         # after it; the conditional itself without guidance
-    corrected: GaussianMixture      # after the second-order correction: what the step used
+    conditional: Mixture            # before guidance
+    guided: Mixture                 # after it; the conditional itself without guidance
+    corrected: Mixture              # after the second-order correction: what the step used
     divergence: Tensor | None = None  # (B,*S) KL(guided || conditional) in nats; None without probabilistic guidance
 
 
@@ -67,7 +67,7 @@ class Recorder:
         factor = self._first_factor(guided.target.factor() - guided.anchor.factor())
         return _half(tilt_divergence(self._first_images(guided.base).isotropic(), factor))
 
-    def _mixtures(self, guided: Guided, posterior: Mixture) -> tuple[GaussianMixture, ...]:
+    def _mixtures(self, guided: Guided, posterior: Mixture) -> tuple[Mixture, Mixture, Mixture]:
         parts = {id(part): part for part in (guided.base, guided.posterior, posterior)}  # often one: kept once
         stored = {name: self._first_images(part).isotropic().map(_half) for name, part in parts.items()}
         return stored[id(guided.base)], stored[id(guided.posterior)], stored[id(posterior)]
@@ -89,7 +89,8 @@ def _on_cpu(step: TraceStep) -> TraceStep:
     parts = {id(part): part for part in (getattr(step, name) for name in MIXTURES)}  # one that is kept once stays one
     moved = {name: part.map(Tensor.cpu) for name, part in parts.items()}
     divergence = None if step.divergence is None else step.divergence.cpu()
-    return replace(step, x=step.x.cpu(), divergence=divergence, **{name: moved[id(getattr(step, name))] for name in MIXTURES})
+    return replace(step, x=step.x.cpu(), divergence=divergence,
+                   **{name: moved[id(getattr(step, name))] for name in MIXTURES})
 
 
 def _half(x: Tensor) -> Tensor:
@@ -104,8 +105,10 @@ def pick(trace: Trace, step: int, image: int) -> TraceStep:
     check_place(step, image, steps, len(trace.steps[0].x))
     chosen = trace.steps[step]
     one = lambda t: t[image : image + 1].float()  # noqa: E731
-    mixtures = {name: _sound(getattr(chosen, name).map(one), f"step {step % steps}, image {image}, {name}") for name in MIXTURES}
-    return replace(chosen, x=one(chosen.x), divergence=None if chosen.divergence is None else one(chosen.divergence), **mixtures)
+    mixtures = {name: _sound(getattr(chosen, name).map(one), f"step {step % steps}, image {image}, {name}")
+                for name in MIXTURES}
+    return replace(chosen, x=one(chosen.x), divergence=None if chosen.divergence is None else one(chosen.divergence),
+                   **mixtures)
 
 
 def check_place(step: int, image: int, steps: int, images: int) -> None:
@@ -116,9 +119,10 @@ def check_place(step: int, image: int, steps: int, images: int) -> None:
         raise ValueError(f"image: got {image}; this trace holds images 0 to {images - 1}, the first of the batch")
 
 
-def _sound(mixture: GaussianMixture, where: str) -> GaussianMixture:
+def _sound(mixture: Mixture, where: str) -> GaussianMixture:
     """Weights that sum to one again after half precision; ValueError for a mixture that is not finite."""
-    if not (mixture.means.isfinite().all() and mixture.log_std.isfinite().all() and (mixture.log_weights < torch.inf).all()):
+    if not (mixture.means.isfinite().all() and mixture.log_std.isfinite().all()
+            and (mixture.log_weights < torch.inf).all()):
         raise ValueError(f"trace: {where}: the mixture holds NaN or infinite values (half precision ends at 65504); "
                          "the model or its input is broken there, or was sampled in too low a precision")
     return GaussianMixture.from_logits(mixture.means, mixture.log_weights, mixture.log_std)

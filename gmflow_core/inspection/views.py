@@ -39,8 +39,8 @@ def draw(
 ):
     """One panel as a Pillow image; ValueError for a view, order, step, image or pixel that does not exist.
 
-    ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None. ``steady``: colour scales are those
-    of all steps, for an animation.
+    ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None. ``steady``: colour scales are
+    those of all steps, for an animation.
     """
     return paint(look(trace, step, image, order, count, decode, pixel, steady), view)
 
@@ -65,10 +65,12 @@ FADING = "with their share of the weight; transparent where it is small (each on
 
 
 def _means(scene: Scene, most: int = 1000) -> list:
-    """A tile of each component's mean, transparent where it has little weight: a mean that nobody believes says nothing."""
+    """A tile of each component's mean, transparent where it has little weight:
+    a mean that nobody believes says nothing."""
     pictures, weights = scene.decode(scene.mixture.means[0, :most]), scene.mixture.weights[0, :most, 0]
-    opacity = (weights / weights.amax((1, 2), keepdim=True).clamp(min=0.05)).sqrt()  # believed nowhere: transparent all over
-    return [see_through(scene.tile(picture[None]), alpha) for picture, alpha in zip(pictures, opacity)]
+    # What is believed nowhere is transparent all over.
+    opacity = (weights / weights.amax((1, 2), keepdim=True).clamp(min=0.05)).sqrt()
+    return [see_through(scene.tile(picture[None]), alpha) for picture, alpha in zip(pictures, opacity, strict=True)]
 
 
 def _columns(count: int) -> int:
@@ -78,7 +80,8 @@ def _columns(count: int) -> int:
 def _winner_map(scene: Scene):
     """The heaviest component of each pixel in its colour, and a legend with shares of the pixels.
 
-    Of all components, however many are shown; by rank it would be the first everywhere: then as the network numbers them.
+    Of all components, however many are shown; by rank it would be the first everywhere: then as the network numbers
+    them.
     """
     mixture = scene.mixture if scene.order == "aligned" else scene.step.corrected
     colours = component_colours(mixture.components)
@@ -90,7 +93,8 @@ def _winner_map(scene: Scene):
 
 
 def _winner_title(scene: Scene) -> str:
-    return {"aligned": "heaviest hypothesis", "ranked": "heaviest component, as numbered by the network", "raw": "heaviest component"}[scene.order]
+    return {"aligned": "heaviest hypothesis", "ranked": "heaviest component, as numbered by the network",
+            "raw": "heaviest component"}[scene.order]
 
 
 def _top_bits(scene: Scene) -> float:
@@ -120,8 +124,10 @@ def _components(scene: Scene):
 def _weights(scene: Scene):
     top, beyond = scene.scale(lambda step: scene.arranged(step).weights)
     maps = [scene.tile(image[None]) for image in heat(scene.mixture.weights[0, :, 0], 0, top)]
-    row = [scene.tile(scene.mean), _captioned(scene, maps, _columns(scene.mixture.components)), scene.bar(top, "", beyond)]
-    return sheet([row], [], ["mean", f"weight of each {ONE[scene.order]}, and its average", ""], scene.title, scene.note)
+    row = [scene.tile(scene.mean), _captioned(scene, maps, _columns(scene.mixture.components)),
+           scene.bar(top, "", beyond)]
+    return sheet([row], [], ["mean", f"weight of each {ONE[scene.order]}, and its average", ""],
+                 scene.title, scene.note)
 
 
 def _winners(scene: Scene):
@@ -132,13 +138,15 @@ def _winners(scene: Scene):
 
 def _entropy(scene: Scene):
     whole, row = scene.step.corrected, [scene.tile(scene.mean), *scene.maps("bits", _bits, top=_top_bits(scene))]
-    note = f"{weight_entropy(whole).mean():.2f} bits on average: {effective_components(whole).mean():.2f} effective components of {whole.components}"
+    note = (f"{weight_entropy(whole).mean():.2f} bits on average: "
+            f"{effective_components(whole).mean():.2f} effective components of {whole.components}")
     return sheet([row], [], ["mean", "entropy of the weights", ""], scene.title, note)
 
 
 def _spread(scene: Scene):
     parts = spread(scene.step.corrected)
-    note = f"within {float(parts.within.mean()):.3g}, between {float(parts.between.mean()):.3g} on average, in units of x_0"
+    note = (f"within {float(parts.within.mean()):.3g}, "
+            f"between {float(parts.between.mean()):.3g} on average, in units of x_0")
     row = [scene.tile(scene.mean), *scene.maps("x_0", lambda step: spread(step.corrected).within, _between)]
     return sheet([row], [], ["mean", "std within components", "std between components", ""], scene.title, note)
 
@@ -147,15 +155,18 @@ def _guidance(scene: Scene):
     step = scene.step
     before, after = (scene.decode(m.mean()) for m in (step.conditional, step.guided))
     if step.divergence is None:
-        note = "No probabilistic guidance at this step.\nVanilla CFG moves the conditional mixture itself, before it is recorded."
+        note = ("No probabilistic guidance at this step.\nVanilla CFG moves the conditional mixture itself, "
+                "before it is recorded.")
         return sheet([[scene.tile(before)]], [], ["conditional mean"], scene.title, note)
     gain = 1 / max(float((after - before).abs().max()), 1e-6)
     cells = [
         scene.tile(before), scene.tile(after), scene.tile((after - before) * gain),
         *scene.maps("x_0", _shift), *scene.maps("nats", lambda step: step.divergence),
     ]
-    titles = ["conditional mean", "guided mean", f"difference x {gain:.3g}", "rms shift of the mean", "", "KL(guided || conditional)", ""]
-    note = f"rms shift {float(_shift(step).mean()):.3g} in units of x_0, KL {float(step.divergence.mean()):.3g} nats a pixel on average"
+    titles = ["conditional mean", "guided mean", f"difference x {gain:.3g}", "rms shift of the mean", "",
+              "KL(guided || conditional)", ""]
+    note = (f"rms shift {float(_shift(step).mean()):.3g} in units of x_0, "
+            f"KL {float(step.divergence.mean()):.3g} nats a pixel on average")
     return sheet([cells], [], titles, scene.title, note)
 
 
@@ -176,11 +187,14 @@ def _charts(scene: Scene, width: int, wide: int | None = None) -> dict:
     within = Series("within", [s["std_within"] for s in numbers])
     shares = [mean_weights(scene.arranged(step))[0].tolist() for step in scene.steps]
     return {
-        "weights": share_chart(f"weights of the {NAMES[scene.order]}, %", sigmas, shares, (wide or width, size[1]), now),
+        "weights": share_chart(f"weights of the {NAMES[scene.order]}, %", sigmas, shares,
+                               (wide or width, size[1]), now),
         "entropy": lines("entropy, bits", of("entropy_bits", "entropy"), top=1.05 * _top_bits(scene)),
-        "effective": lines("effective components", of("effective_components", "components"), top=1.05 * components, whole=True),
+        "effective": lines("effective components", of("effective_components", "components"), top=1.05 * components,
+                           whole=True),
         "std": lines("std, units of x_0", within, of("std_between", "between")),
-        "shift": lines("rms shift of the mean, x_0", of("guidance_shift", "guidance", False), of("correction_shift", "2nd order", False)),
+        "shift": lines("rms shift of the mean, x_0", of("guidance_shift", "guidance", False),
+                       of("correction_shift", "2nd order", False)),
     }
 
 
@@ -191,10 +205,11 @@ def _timeline(scene: Scene):
     count, top = len(scene.steps), _top_bits(scene)
     shown = sorted({round(i * (count - 1) / (FRAMES - 1)) for i in range(FRAMES)})
     steps = [scene.steps[i] for i in shown]
-    captions = [f"{i}: sigma {step.sigma:.3f}" for i, step in zip(shown, steps)]
+    captions = [f"{i}: sigma {step.sigma:.3f}" for i, step in zip(shown, steps, strict=True)]
     averages = [f"{float(_bits(step).mean()):.2f} bits" for step in steps]
     least = max(map(caption_width, (captions, averages)))
-    means = captioned([scene.tile(scene.decode(step.corrected.mean())) for step in steps], captions, None, FRAMES, least)
+    means = captioned([scene.tile(scene.decode(step.corrected.mean())) for step in steps], captions, None,
+                      FRAMES, least)
     maps = captioned([scene.tile(heat(_bits(step), 0, top)) for step in steps], averages, None, FRAMES, least)
     title = f"{count} step{'s' * (count > 1)}, from noise to image"
     strip = sheet([[means], [maps, scene.bar(top, "bits")]], ["mean", "entropy"], [], title)
@@ -210,21 +225,27 @@ def _pixel(scene: Scene):
     channels, weights = whole.channels, whole.weights.flatten().tolist()
     colours = component_colours(whole.components)
     if channels == 3:
-        colours = [tuple(int(v) for v in rgb) for rgb in to_uint8(whole.means[0])[:, 0, 0]]
+        colours = [(red, green, blue) for red, green, blue in to_uint8(whole.means[0])[:, 0, 0].tolist()]
     names = ["R", "G", "B"] if channels == 3 else [f"ch {c + 1}" for c in range(channels)]
     larger = 1 if max(scene.size) >= 250 else 300 / max(scene.size)
-    picture = tile(scene.mean, tuple(round(side * larger) for side in scene.size))
+    picture = tile(scene.mean, (round(scene.size[0] * larger), round(scene.size[1] * larger)))
     picture = marked(picture, scene.pixel, scene.latent)
-    note = f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.3g} in units of x_0; components as the network numbers them.\n"
-    note += "Discs: components, their areas as their weights. Rings: one standard deviation within them. Cross: the pixel's mean."
-    groups = nearest(whole.means[0, :, :, 0, 0], scene.centres[0]).tolist() if scene.centres is not None and whole.components > 1 else None
-    cells = [picture, weight_bars(weights, colours, groups), scatter_chart(whole, colours), marginal_chart(whole, names)]
+    note = (f"entropy {float(weight_entropy(whole)):.2f} bits, std within components {float(whole.log_std.exp()):.3g} "
+            "in units of x_0; components as the network numbers them.\n")
+    note += ("Discs: components, their areas as their weights. Rings: one standard deviation within them. "
+             "Cross: the pixel's mean.")
+    groups = None
+    if scene.centres is not None and whole.components > 1:
+        groups = nearest(whole.means[0, :, :, 0, 0], scene.centres[0]).tolist()
+    cells = [picture, weight_bars(weights, colours, groups), scatter_chart(whole, colours),
+             marginal_chart(whole, names)]
     return sheet([cells], [], ["mean", "", "", ""], f"{scene.title}, pixel x {x}, y {y}", note)
 
 
 def _sheet(scene: Scene):
     maps = [
-        scene.tile(scene.decode(scene.step.x)), scene.tile(scene.mean), *scene.maps("bits", _bits, top=_top_bits(scene)),
+        scene.tile(scene.decode(scene.step.x)), scene.tile(scene.mean),
+        *scene.maps("bits", _bits, top=_top_bits(scene)),
         *scene.maps("x_0", _between), *_winner_map(scene),
     ]
     titles = ["x_t", "mean", "entropy", "", "std between components", "", _winner_title(scene), ""]

@@ -173,7 +173,7 @@ class GMDiT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.pos_embed.proj.bias)
-        zero = [self.proj_out_1] + [block.norm1.linear for block in self.transformer_blocks]
+        zero = [self.proj_out_1] + [block.norm1.linear for block in self.modules() if isinstance(block, DiTBlock)]
         if self.config.constant_logstd is None:
             zero.append(self.gm_out.logstd_layers[-1])
         for layer in zero:

@@ -3,7 +3,9 @@ r"""SpectrumMLP: the power spectrum of spectral sampling's noise, from two stati
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -42,33 +44,34 @@ class SpectrumMLP(nn.Module):
         self.config = config
         widths = (2, *config.layers, math.prod(config.base_size))
         layers: list[nn.Module] = []
-        for i, (n_in, n_out) in enumerate(zip(widths, widths[1:])):
+        for i, (n_in, n_out) in enumerate(pairwise(widths)):
             layers += [nn.SiLU()] * (i > 0) + [operations.Linear(n_in, n_out, dtype=dtype, device=device)]
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, gaussian: Gaussian) -> Tensor:
         mean = gaussian.mean
         statistics = torch.stack([gaussian.var.flatten(1).mean(1), mean.flatten(2).var(-1).mean(1)], dim=-1)
-        base = self.mlp(statistics.to(self.mlp[0].weight.dtype)).float()
+        base = self.mlp(statistics.to(next(self.mlp.parameters()).dtype)).float()
         base = base.reshape(-1, *self.config.base_size)
         return normalize_power(crop_spectrum(base, mean.shape[-2:])).to(mean.dtype)
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Xavier, and zeros at the end: white noise."""
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.mlp[-1].weight)
+        linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        for layer in linears:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(linears[-1].weight)
 
 
-def crop_spectrum(log_power: Tensor, size: tuple[int, int]) -> Tensor:
+def crop_spectrum(log_power: Tensor, size: Sequence[int]) -> Tensor:
     """The low frequencies (both signs, so the corners) of a spectrum for a smaller image."""
-    for axis, n in zip((-2, -1), size):
+    for axis, n in zip((-2, -1), size, strict=True):
         base = log_power.shape[axis]
         if n > base:
-            raise ValueError(f"spectral sampling knows sizes up to {base} along axis {axis}, got {n}; sample with spectrum=None")
+            raise ValueError(f"spectral sampling knows sizes up to {base} along axis {axis}, got {n}; "
+                             "sample with spectrum=None")
         if n < base:
             low = (n + 1) // 2
             parts = [log_power.narrow(axis, 0, low), log_power.narrow(axis, base - (n - low), n - low)]

@@ -98,9 +98,8 @@ def sampling(config, device: torch.device, batch: int, steps: int, repeats: int)
             seconds.append(clock(device) - start)
             network.append(inside)
         whole, net = statistics.median(seconds) / steps, statistics.median(network) / steps
-        print(f"{name}, batch {batch}, {steps} steps, guided: {whole:.4f} s a step, "
-              f"of it {whole - net:.4f} s ({1 - net / whole:.1%}) "
-              f"not the network; {batch / (whole * steps):.3f} images/s")
+        print(f"{name}, batch {batch}, {steps} steps, guided: {whole:.4f} s a step, of it {whole - net:.4f} s "
+              f"({1 - net / whole:.1%}) not the network; {batch / (whole * steps):.3f} images/s")
 
 
 def main() -> None:

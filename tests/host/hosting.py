@@ -144,7 +144,8 @@ class Result:
 class Host:
     """A running server with the pack in it. Start it with :meth:`start`, stop it with :meth:`stop`."""
 
-    def __init__(self, checkout: Path, base: Path, options: tuple[str, ...] = (), packs: tuple[Path, ...] = (), **env: str):
+    def __init__(self, checkout: Path, base: Path, options: tuple[str, ...] = (), packs: tuple[Path, ...] = (),
+                 **env: str):
         """``packs``: folders of further custom nodes; ``env``: of the server's process."""
         self.checkout, self.base, self.options, self.env = checkout, base, options, env
         self.version, self.python = version(checkout), interpreter(checkout)

@@ -5,14 +5,13 @@ The bases are ComfyUI's own classes (tiny_pack/tiny.py), the adapters the publis
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHECKOUTS
-from hosting import MISSING, ROOT, Graph, Host, Node, version
-from safetensors.torch import load_file, save_file
+from hosting import MISSING, ROOT, Host, Node, version
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 DATA = ROOT / "tests" / "data" / "piflow"
@@ -45,12 +44,16 @@ def recorded(name: str) -> dict:
 class Tiny:
     """A tiny model with its adapter in a graph, a stored text, and an empty latent of the recorded size."""
 
-    def __init__(self, host: Host, name: str, *, base: Node | None = None, dtype: str = "float32", strength: float = 1.0, batch: int = 1):
-        if name == "gmflux2_tiny" and "TinyBase" in host.info and name not in host.info["TinyBase"]["input"]["required"]["name"][0]:
+    def __init__(self, host: Host, name: str, *, base: Node | None = None, dtype: str = "float32",
+                 strength: float = 1.0, batch: int = 1):
+        if name == "gmflux2_tiny" and "TinyBase" in host.info and name not in host.info["TinyBase"]["input"][
+            "required"
+        ]["name"][0]:
             pytest.skip("this ComfyUI has no FLUX.2")
         self.host, self.name, self.graph, self.io = host, name, host.graph(), recorded(name)
         self.base = base or self.add("TinyBase", name=name, dtype=dtype)
-        self.model = self.add("GMFlowApplyAdapter", model=self.base, adapter_name=f"{name}.safetensors", strength=strength)
+        self.model = self.add("GMFlowApplyAdapter", model=self.base, adapter_name=f"{name}.safetensors",
+                              strength=strength)
         self.text = self.add("TinyText", name=name, row=0)
         self.empty = self.latent(torch.zeros_like(self.io["sample_noise"]).repeat_interleave(batch, 0))
 
@@ -67,7 +70,8 @@ class Tiny:
         sigmas = inputs.pop("sigmas", None) or self.add("GMFlowScheduler", model=self.model, steps=steps)
         guider = inputs.pop("guider", None) or self.add("BasicGuider", model=self.model, conditioning=self.text)
         noise = inputs.pop("noise", None) or self.add("TinyNoise", name=self.name)
-        return self.add(node, **dict(noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=self.empty) | inputs)
+        return self.add(node, **dict(noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                                     latent_image=self.empty) | inputs)
 
     def ode(self, **inputs) -> Node:
         return self.add("SamplerGMFlowODE", **dict(order=1, temperature=0.0) | inputs)

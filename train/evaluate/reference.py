@@ -73,9 +73,8 @@ class ArrayImages:
             raise ValueError(f"--data {path}: cannot be read as .npz ({error})") from None
         images = arrays.get("arr_0")
         if images is None or images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"--data {path}: expected images arr_0 (N,H,W,3) uint8, "
-                             "as ADM's evaluation files have them, got "
-                             f"{'none' if images is None else f'{images.shape} {images.dtype}'}")
+            raise ValueError(f"--data {path}: expected images arr_0 (N,H,W,3) uint8, as ADM's evaluation files have "
+                             f"them, got {'none' if images is None else f'{images.shape} {images.dtype}'}")
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
         given = "mu" in arrays and "sigma" in arrays
         self.known = (torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])) if given else None

@@ -65,7 +65,10 @@ def digest(path: Path) -> str:
     total = hashlib.sha256()
     for part in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         with open(part, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+            content = hashlib.sha256()
+            while chunk := file.read(2**20):
+                content.update(chunk)
+            total.update(content.digest())
     return total.hexdigest()[:12]
 
 

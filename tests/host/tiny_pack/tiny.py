@@ -18,13 +18,15 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "piflow"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OLD = not hasattr(comfy.supported_models, "Flux2")   # 0.3.64: sizes are fixed, the norms of query and key are called scale
+OLD = not hasattr(comfy.supported_models, "Flux2")   # 0.3.64: sizes are fixed, norms of query and key are called scale
 NAMES = ["gmflux_tiny", "gmqwen_tiny", "gmflux2_tiny"]
 FLUX2 = {
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
     "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
     "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    **{f"{name}.linear": f"{name}.lin" for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")},
+    **{f"{name}.linear": f"{name}.lin"
+       for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")},
 }
 
 
@@ -50,8 +52,10 @@ def state_dict(name: str) -> dict:
         else:
             axis, start, size = part
             ours.setdefault(target, {})[start] = value
-    joined = {key: torch.cat([value[start] for start in sorted(value)]) if isinstance(value, dict) else value for key, value in ours.items()}
-    return {re.sub(r"(query|key)_norm\.weight", r"\1_norm.scale", key): value for key, value in joined.items()} if OLD else joined
+    joined = {key: torch.cat([value[start] for start in sorted(value)]) if isinstance(value, dict) else value
+              for key, value in ours.items()}
+    return ({re.sub(r"(query|key)_norm\.weight", r"\1_norm.scale", key): value for key, value in joined.items()} if OLD
+            else joined)
 
 
 def base(name: str, dtype: torch.dtype = torch.float32):
@@ -61,13 +65,14 @@ def base(name: str, dtype: torch.dtype = torch.float32):
         return comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": dtype})
     if name == "gmqwen_tiny":
         config = comfy.supported_models.QwenImage({
-            "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 32,
+            "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 1,
+            "joint_attention_dim": 32,
         })
     else:
         config = comfy.supported_models.Flux({
-            "image_model": "flux", "axes_dim": [16, 56, 56], "num_heads": 1, "mlp_ratio": 4.0, "theta": 10000, "out_channels": 16,
-            "qkv_bias": True, "patch_size": 2, "in_channels": 16, "hidden_size": 128, "context_in_dim": 32, "vec_in_dim": 24,
-            "depth": 1, "depth_single_blocks": 2, "guidance_embed": True,
+            "image_model": "flux", "axes_dim": [16, 56, 56], "num_heads": 1, "mlp_ratio": 4.0, "theta": 10000,
+            "out_channels": 16, "qkv_bias": True, "patch_size": 2, "in_channels": 16, "hidden_size": 128,
+            "context_in_dim": 32, "vec_in_dim": 24, "depth": 1, "depth_single_blocks": 2, "guidance_embed": True,
         })
     config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     cpu = torch.device("cpu")
