@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .files import CheckpointError, State, is_pickle, is_safetensors, one_line, read_safetensors, write_safetensors
-from .foreign import RawCheckpoint, make_config, read_diffusers_file, read_folder, read_training, strip_prefix
+from .foreign import RawCheckpoint, make_config, read_diffusers_file, read_folder, read_training, strip_prefix, unwrap
+from .labels import shorten
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig, SpectrumMLP
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
 
 FORMAT = 1
 SPECTRUM = "spectrum."
+DESCRIPTION = "gmflow.description"  # the metadata as a tensor of bytes, in files that ComfyUI's save nodes write
 CONFIGS = {"gmdit": GMDiTConfig, "gmmlp": GMMLPConfig}
 NETWORKS = {GMDiTConfig: GMDiT, GMMLPConfig: GMMLP, SpectrumConfig: SpectrumMLP}
 
@@ -65,7 +67,7 @@ def check_keys(state: State, expected: dict[str, tuple[int, ...]], source) -> No
 
 def _some(names: list[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(name if len(name) <= 120 and name.isprintable() else shorten(name) for name in names[:limit]) + more
 
 
 def check_finite(state: State, source) -> None:
@@ -152,18 +154,28 @@ def write(path, raw: RawCheckpoint, dtype: torch.dtype | None = None) -> None:
     state = raw.state | {SPECTRUM + name: value for name, value in (raw.spectrum_state or {}).items()}
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
     check_finite(state, path)
-    header = {
+    try:
+        text = describe(raw)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the training summary is not plain JSON: {one_line(error)}") from error
+    write_safetensors(path, state, {"format": "pt", "gmflow": text})
+
+
+def describe(raw: RawCheckpoint) -> str:
+    """All but the tensors of a checkpoint as JSON: the metadata ``gmflow``."""
+    return json.dumps({
         "format": FORMAT,
         "architecture": next(name for name, config in CONFIGS.items() if isinstance(raw.config, config)),
         "model": raw.config.to_dict(),
         "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
         "latent_space": asdict(raw.latent_space), "class_names": raw.class_names, "training": raw.training,
-    }
-    try:
-        text = json.dumps(header, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the training summary is not plain JSON: {one_line(error)}") from error
-    write_safetensors(path, state, {"format": "pt", "gmflow": text})
+    }, allow_nan=False)
+
+
+def description_tensors(raw: RawCheckpoint) -> State:
+    """What :func:`describe` says and the spectrum network as tensors, for writers that keep nothing but tensors."""
+    text = torch.frombuffer(bytearray(describe(raw).encode()), dtype=torch.uint8)
+    return {DESCRIPTION: text} | {SPECTRUM + name: value for name, value in (raw.spectrum_state or {}).items()}
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -216,16 +228,31 @@ def _read(path, heads: int | None) -> RawCheckpoint:
         raw = read_training(path, heads)
     else:
         state, metadata = read_safetensors(path)
-        raw = _read_own(path, state, metadata) if "gmflow" in metadata else read_diffusers_file(path, state, heads)
+        if DESCRIPTION in state:
+            raw = _read_described(path, state)
+        elif "gmflow" in metadata:
+            raw = _read_own(path, state, metadata["gmflow"])
+        else:
+            raw = read_diffusers_file(path, state, heads)
     _check(raw)
     if heads is not None and heads != getattr(raw.config, "num_heads", None):
         raise CheckpointError(f"{path}: heads={heads} was given, but the file's own config is {raw.config}")
     return raw
 
 
-def _read_own(path: Path, state: State, metadata: dict[str, str]) -> RawCheckpoint:
+def _read_described(path: Path, state: State) -> RawCheckpoint:
+    """What a save node of ComfyUI makes of a GMFlow model: :func:`description_tensors` beside a wrapped network."""
     try:
-        header = json.loads(metadata["gmflow"])
+        text = bytes(state[DESCRIPTION].to(torch.uint8).tolist()).decode()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its tensor {DESCRIPTION} is no text ({one_line(error)})") from error
+    spectrum = {key: value for key, value in state.items() if key.startswith(SPECTRUM)}
+    return _read_own(path, unwrap({key: value for key, value in state.items() if key != DESCRIPTION}) | spectrum, text)
+
+
+def _read_own(path: Path, state: State, description: str) -> RawCheckpoint:
+    try:
+        header = json.loads(description)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata gmflow is not JSON ({one_line(error)})") from error
     version = header.get("format") if isinstance(header, dict) else None

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from .files import CheckpointError, State, one_line, read_json, read_pickle, read_safetensors
+from .labels import shorten
 from .model import SD_VAE_SCALE, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig
 from .model.layers import sincos_positions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PUBLISHED_WIDTH = GMDiTConfig().width
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +76,25 @@ def recognise(state: dict) -> str:
     for fragments, description in _FOREIGN:
         if any(fragment in key for key in state for fragment in fragments):
             return f"this is {description}, not a GMFlow file"
-    first = ", ".join(list(state)[:5]) or "there are none"
+    first = ", ".join(key if len(key) <= 120 and key.isprintable() else shorten(key) for key in list(state)[:5]) or "there are none"
     return f"not a GMFlow file: first keys are {first}"
+
+
+# What trainers and ComfyUI's save nodes put around a network's names: at the front, or anywhere.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "transformer.")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrap(state: dict) -> dict:
+    """A network's own names: without what a wrapper put before and between them, and without what lies beside it."""
+    for wrapper in _WRAPPERS:
+        state = {key.replace(wrapper, ""): value for key, value in state.items()}
+    while not is_dit(state):
+        prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in state)), None)
+        if prefix is None:
+            break
+        state = strip_prefix(state, prefix)
+    return state
 
 
 def is_dit(state: dict) -> bool:
@@ -198,10 +217,20 @@ def read_folder(path: Path, heads: int | None = None) -> RawCheckpoint:
 
 
 def read_diffusers_file(path: Path, state: State, heads: int | None = None) -> RawCheckpoint:
-    """A bare ``diffusion_pytorch_model*.safetensors`` (``state`` is its content), helped by a config.json beside it."""
+    """A bare ``diffusion_pytorch_model*.safetensors`` (``state`` is its content), helped by a config.json beside it.
+
+    Its keys may be wrapped, see :func:`unwrap`; then only the published width tells the rest.
+    """
+    found, state = state, unwrap(state)
     if not is_dit(state):
-        raise CheckpointError(f"{path}: {recognise(state)}")
-    config = config_beside(path) or dit_config_from_shapes(state, path, heads, sample_size=32)
+        raise CheckpointError(f"{path}: {recognise(found)}")
+    config = config_beside(path)
+    if config is None and heads is None and state.keys() != found.keys() and state["pos_embed.proj.weight"].shape[0] != PUBLISHED_WIDTH:
+        raise CheckpointError(
+            f"{path}: a GMFlow network saved by another program, without its number of attention heads and its size; put the "
+            "model's config.json beside it, or save it again from a model that GMFlow Loader loaded"
+        )
+    config = config or dit_config_from_shapes(state, path, heads, sample_size=32)
     return with_siblings(path, "diffusers file", path, state, config, heads)
 
 

@@ -18,6 +18,17 @@ PUBLISHED_SCALE = 0.45  # of probabilistic guidance, in the published examples
 
 
 @dataclass(frozen=True, eq=False)
+class Blend:
+    """x_0 <- weight x_0 + offset: what becomes of a step's x_0 before x moves. A mask m: weight m, offset (1 - m) x_known."""
+
+    weight: Tensor | float  # broadcasts to x; 0 where x_0 is known
+    offset: Tensor          # (B,C,*S)
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        return self.weight * x_0 + self.offset
+
+
+@dataclass(frozen=True, eq=False)
 class Guided:
     """A guided x_0 posterior, and what it was made from.
 
@@ -32,6 +43,7 @@ class Guided:
     target: Gaussian              # likewise
     bias: Tensor | None = None    # (B,C,*S)
     scale: float = 0.0            # w
+    blend: Blend | None = None    # what the step makes of x_0, once in all
 
 
 def moment_anchor(posterior: Mixture) -> Gaussian:

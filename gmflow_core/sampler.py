@@ -49,14 +49,16 @@ def sample(
     noise_sampler: NoiseSampler | None = None,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> Tensor:
     """Run the solver of ``options`` from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
-    ``spectrum`` and ``noise_sampler`` are GM-SDE's, see :func:`sample_gm_sde`.
+    ``spectrum`` and ``noise_sampler`` are GM-SDE's, see :func:`sample_gm_sde`; ``interrupt`` is called before every
+    substep or draw and may raise.
     """
     common = {
         "order": options.order, "second_order": options.second_order, "temperature": options.temperature,
-        "inpaint": inpaint, "callback": callback,
+        "inpaint": inpaint, "callback": callback, "interrupt": interrupt,
     }
     if options.solver == "gm-ode":
         substeps = options.substeps or default_substeps(len(sigmas) - 1)

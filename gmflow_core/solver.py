@@ -6,6 +6,7 @@ injected, history is a value. Shapes: B batch, C channels, ``*S`` space, ``*1`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .guidance import Guided, biased_target, mean_square, tilt_toward
+from .guidance import Blend, Guided, biased_target, mean_square, tilt_toward
 from .mixture import Gaussian, Mixture
 from .path import Reanchoring, add_noise, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
@@ -47,15 +48,17 @@ class StepInfo:
 
     @property
     def denoised(self) -> Tensor:
-        """The mean of the posterior in use: the current best guess of x_0."""
-        return self.posterior.mean()
+        """The mean of the posterior in use, blended as the step will be: the current best guess of x_0."""
+        mean, blend = self.posterior.mean(), self.guided.blend
+        return mean if blend is None else blend(mean)
 
 
 @dataclass(frozen=True, eq=False)
 class Inpaint:
-    """Known pixels, put back at every substep: (1 - s) x_0 + s noise where ``mask`` is 0.
+    """Known pixels, put back after every network step: (1 - s) x_0 + s noise where ``mask`` is 0.
 
-    ``mask`` broadcasts to x: 1 where the solver paints, 0 where ``x_0`` is known, between is a blend.
+    ``mask`` broadcasts to x: 1 where the solver paints, 0 where ``x_0`` is known, between is a blend. Not after
+    every substep, for the blend would harden: pixels meet only in the network.
     """
 
     mask: Tensor
@@ -72,11 +75,18 @@ class SecondOrder:
     r"""Coefficients of the second-order correction, and its optional fixed-point steps.
 
     The difference of means is trusted by sqrt(max(0, 1 - v_c ((w c_b)^2 + c_a) / h_prev^2)).
+    ValueError for a coefficient that is negative or no finite number.
     """
 
     c_a: float = 0.005
     c_b: float = 1.0
     correction_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("c_a", "c_b"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
 def correct(
@@ -124,6 +134,15 @@ def clip_bias(bias: Tensor, anchor: Gaussian) -> Tensor:
     return bias * (mean_square(bias) / anchor.var).clamp(min=1).rsqrt()
 
 
+def blended_step(x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, blend: Blend) -> Tensor:
+    r"""x_next as it would be had the step's x_0 been blended, with x_0 what leads from x to x_next in one Euler step:
+
+        x_next <- w x_next + (1 - w) r x + (1 - r) offset,  r = s_next / s.
+    """
+    ratio = sigma_next / sigma
+    return blend.weight * x_next + (1 - blend.weight) * (ratio * x) + (1 - ratio) * blend.offset
+
+
 def sample_gm_ode(
     denoiser: Denoiser,
     x: Tensor,
@@ -136,22 +155,25 @@ def sample_gm_ode(
     temperature: float = 1.0,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> Tensor:
     r"""Solve the probability-flow ODE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
     Between network calls the posterior is re-anchored analytically at each of ``substeps``, uniform
     in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (GMFlow, GM-ODE).
+    ``interrupt`` is called before every substep and may raise.
     """
 
-    def advance(x: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
+    def advance(start: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float, blend) -> Tensor:
         grid = substep_sigmas(sigma, sigma_next, substeps, shift)
-        later = Reanchoring(posterior, x, sigma, grid[1:-1]) if substeps > 1 else None
+        later = Reanchoring(posterior, start, sigma, grid[1:-1]) if substeps > 1 else None
+        x = start
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
-            x_0 = later.mean(i - 1, x) if i else posterior.mean()
+            if interrupt is not None:
+                interrupt()
+            x_0 = later.mean(i - 1, x) if i and later else posterior.mean()
             x = torch.lerp(x_0, x, s_next / s)  # = x + (x - x_0)/s (s_next - s)
-            if inpaint is not None:
-                x = inpaint(x, s_next)
-        return x
+        return x if blend is None else blended_step(start, x, sigma, sigma_next, blend)
 
     if int(substeps) != substeps or substeps < 1:
         raise ValueError(f"substeps must be a whole number >= 1, got {substeps}")
@@ -171,23 +193,28 @@ def sample_gm_sde(
     temperature: float = 1.0,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> Tensor:
     r"""Solve the reverse SDE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
     Each step draws x0_hat from the posterior and x_next from q(x_next | x, x0_hat) (GMFlow, GM-SDE).
     ``noise_sampler`` is called exactly twice a step, first for x0_hat, then for the transition; the
-    default draws from torch's global generator. ``spectrum`` colours the first draw.
+    default draws from torch's global generator. ``spectrum`` colours the first draw. ``interrupt`` is
+    called before every step's draws and may raise.
     """
     if noise_sampler is None:
         noise_sampler = lambda sigma, sigma_next: torch.randn_like(x)  # noqa: E731
 
-    def advance(x: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float) -> Tensor:
+    def advance(x: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float, blend) -> Tensor:
+        if interrupt is not None:
+            interrupt()
         z = noise_sampler(sigma, sigma_next)
         if spectrum is not None:
             z = color_noise(z, spectrum(target))
         x_0 = gaussian_to_mixture(posterior, z)
-        x = reverse_step(x, x_0, noise_sampler(sigma, sigma_next), sigma, sigma_next)
-        return x if inpaint is None else inpaint(x, sigma_next)
+        if blend is not None:
+            x_0 = blend(x_0)
+        return reverse_step(x, x_0, noise_sampler(sigma, sigma_next), sigma, sigma_next)
 
     return _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callback, advance)
 
@@ -208,7 +235,9 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
         if callback is not None:
             callback(StepInfo(i, len(grid) - 1, sigma, sigma_next, x, guided, posterior))
         history = SolverHistory(guided.posterior, x, sigma, step) if order == 2 else None
-        x = advance(x, posterior, target, sigma, sigma_next)
+        x = advance(x, posterior, target, sigma, sigma_next, guided.blend)
+        if inpaint is not None:
+            x = inpaint(x, sigma_next)
     return x
 
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..gmflow_core import SecondOrder, flow_sigmas
 from ..gmflow_core.guidance import PUBLISHED_SCALE
 from ..gmflow_core.sampler import SOLVERS, SamplerOptions
-from . import host
+from . import host, host_sampling
 from .guidance import METHODS, Guidance
 from .schema import GMTrace, advanced, schema, seed
 from .trace_source import TraceSource
@@ -123,9 +123,10 @@ class GMFlowGuider(io.ComfyNode):
     def execute(cls, model, positive, guidance, orthogonal, start_percent, end_percent, method, cfg_scale,
                 negative=None) -> io.NodeOutput:
         host.require_gmflow(model)
-        interval = (host.percent_to_sigma(model, start_percent), host.percent_to_sigma(model, end_percent))
+        interval = (host.percent_to_sigma(model, start_percent, "start_percent"),
+                    host.percent_to_sigma(model, end_percent, "end_percent"))
         settings = Guidance(guidance, orthogonal, method, cfg_scale, interval)
-        return io.NodeOutput(host.make_guider(model, positive, negative, settings))
+        return io.NodeOutput(host_sampling.make_guider(model, positive, negative, settings))
 
 
 class SamplerGMFlowODE(io.ComfyNode):
@@ -145,7 +146,7 @@ class SamplerGMFlowODE(io.ComfyNode):
             "gm-ode", order, substeps, second_order=SecondOrder(c_a, c_b, correction_steps), temperature=temperature,
             shift=shift,
         )
-        return io.NodeOutput(host.make_sampler(options))
+        return io.NodeOutput(host_sampling.make_sampler(options))
 
 
 class SamplerGMFlowSDE(io.ComfyNode):
@@ -172,7 +173,7 @@ class SamplerGMFlowSDE(io.ComfyNode):
             "gm-sde", order, spectral=spectral, second_order=SecondOrder(c_a, c_b, correction_steps),
             temperature=temperature,
         )
-        return io.NodeOutput(host.make_sampler(options))
+        return io.NodeOutput(host_sampling.make_sampler(options))
 
 
 class GMFlowKSampler(io.ComfyNode):
@@ -208,10 +209,10 @@ class GMFlowKSampler(io.ComfyNode):
                 negative=None) -> io.NodeOutput:
         host.require_gmflow(model)
         sigmas = flow_sigmas(steps, shift * host.model_shift(model), denoise)
-        guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
-        sampler = host.make_sampler(SamplerOptions(solver_named(solver), order, substeps, shift=shift))
-        noise = host.SeedNoise(seed)
-        source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), model)
+        guider = host_sampling.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
+        sampler = host_sampling.make_sampler(SamplerOptions(solver_named(solver), order, substeps, shift=shift))
+        noise = host_sampling.SeedNoise(seed)
+        source = TraceSource(lambda recorder: host_sampling.run(noise, guider, sampler, sigmas, latent_image, recorder), model)
         latent, _ = source.sample(cls.hidden, slot=1)
         return io.NodeOutput(latent, source)
 
@@ -240,6 +241,6 @@ class GMFlowSamplerCustom(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image) -> io.NodeOutput:
-        sample = lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
+        sample = lambda recorder: host_sampling.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
         source = TraceSource(sample, guider.model_patcher)
         return io.NodeOutput(*source.sample(cls.hidden, slot=2), source)

@@ -1,6 +1,7 @@
 """What callers rely on, whatever the mixture: noise, batches, history, inpainting, callbacks, errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from gmflow_core import (
     GMDenoiser,
     Inpaint,
     Mixture,
+    SecondOrder,
     add_noise,
     flow_sigmas,
     sample_gm_ode,
     sample_gm_sde,
     unguided,
 )
+from gmflow_core.guidance import Blend
 
 PRIOR = ExactPrior.example(channels=3, dtype=torch.float32)
 SOLVERS = {
@@ -185,6 +188,86 @@ def test_inpaint_blends_where_the_mask_is_between(x, rng):
     x_0, noise = torch.randn(2, *x.shape, generator=rng)
     got = Inpaint(torch.full((1, 1, 4, 4), 0.25), x_0, noise)(x, 0.6)
     torch.testing.assert_close(got, 0.25 * x + 0.75 * (0.4 * x_0 + 0.6 * noise))
+
+
+def masked(mask, x_0, noise, seen=None):
+    """A denoiser under a noise mask, as hosts treat one: x is blended for the network, and so is what comes of x_0."""
+    def denoiser(x, sigma):
+        guided = PRIOR.denoiser(torch.lerp(add_noise(x_0, noise, sigma), x, mask), sigma)
+        if seen is not None:
+            seen.append((x, guided.posterior.mean()))
+        return replace(guided, blend=Blend(mask, (1 - mask) * x_0))
+
+    return denoiser
+
+
+@solvers
+def test_a_blend_is_one_of_x_0_once_a_step(x, rng, solver):
+    """Against its definition: x_next of the blended x_0 is (1 - m) of a step to the known x_0 and m of the solver's own."""
+    x_0, sigmas = torch.randn(x.shape, generator=rng), torch.tensor([0.8, 0.5])
+    mask = torch.rand(1, 1, 4, 4, generator=rng)
+    free = run(solver, PRIOR.denoiser, x, sigmas)
+    known = run(solver, PRIOR.denoiser, x, sigmas) if solver.startswith("ode") else None
+    got = run(solver, lambda x, s: replace(PRIOR.denoiser(x, s), blend=Blend(mask, (1 - mask) * x_0)), x, sigmas)
+    if known is not None:
+        to_known = x + (x - x_0) / 0.8 * (0.5 - 0.8)
+        torch.testing.assert_close(got, mask * free + (1 - mask) * to_known, atol=1e-5, rtol=0)
+    opened = run(solver, lambda x, s: replace(PRIOR.denoiser(x, s), blend=Blend(1.0, torch.zeros_like(x))), x, sigmas)
+    torch.testing.assert_close(opened, free, atol=1e-6, rtol=0)
+
+
+@solvers
+def test_a_known_pixel_stays_known(x, rng, solver):
+    x_0, noise = torch.randn(2, *x.shape, generator=rng)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    seen = []
+    got = run(solver, masked(mask, x_0, noise), noise.clone(), flow_sigmas(4, 3.0), callback=seen.append)
+    torch.testing.assert_close(got[..., 2:], x_0[..., 2:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen[-1].denoised[..., 2:], x_0[..., 2:], rtol=0, atol=1e-5)
+    assert not torch.isclose(got[..., :2], x_0[..., :2], atol=1e-3).all()
+
+
+@pytest.mark.parametrize("value", [0.5, 0.9, 0.98])
+def test_a_soft_mask_does_not_harden_with_substeps(rng, value):
+    """The distance to the source: Euler's by its own formula, and GM-ODE's whatever the substeps."""
+    x_0, noise = torch.randn(2, 40, 3, 4, 4, generator=rng)
+    mask, sigmas = torch.full((1, 1, 4, 4), value), flow_sigmas(8)
+    x, denoiser = noise, masked(mask, x_0, noise)
+    for s, s_next in zip(sigmas, sigmas[1:]):
+        guided = denoiser(x, float(s))
+        x = torch.lerp(guided.blend(guided.posterior.mean()), x, float(s_next / s))
+    euler = (x - x_0).abs().mean()
+    found = [(sample_gm_ode(denoiser, noise, sigmas, order=1, substeps=n) - x_0).abs().mean() / euler for n in (1, 4, 16, 64)]
+    assert found[0] == pytest.approx(1, abs=1e-4) and max(found) < 1.1 and min(found) > 0.9, found
+
+
+def test_interrupts(x):
+    """Before every substep and every draw; what it raises ends the run there."""
+    calls = []
+
+    def third():
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    sample_gm_ode(PRIOR.denoiser, x, flow_sigmas(2), substeps=5, interrupt=lambda: calls.append(0))
+    assert len(calls) == 10
+    calls.clear()
+    sample_gm_sde(PRIOR.denoiser, x, flow_sigmas(2), interrupt=lambda: calls.append(0))
+    assert len(calls) == 2
+    for solve, settings in ((sample_gm_ode, dict(substeps=64)), (sample_gm_sde, {})):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            solve(PRIOR.denoiser, x, flow_sigmas(4), interrupt=third, **settings)
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name", ["c_a", "c_b"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_coefficients_are_finite_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0"):
+        SecondOrder(**{name: value})
 
 
 def test_inpaint_everywhere_open_changes_nothing(x):
