@@ -19,10 +19,14 @@ PUBLISHED_SCALE = 0.45  # of probabilistic guidance, in the published examples
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """x_0 <- weight x_0 + offset: what becomes of a step's x_0 before x moves. A mask m: weight m, offset (1 - m) x_known."""
+    """What stands between a solver and its network for one step: the network saw another x, and x_0 <- weight x_0 + offset.
+
+    A noise mask m, as hosts treat it: ``seen`` is m x + (1 - m) x_known, the weight m and the offset (1 - m) x_0 known.
+    """
 
     weight: Tensor | float  # broadcasts to x; 0 where x_0 is known
     offset: Tensor          # (B,C,*S)
+    seen: Tensor            # (B,C,*S): the posterior is one of q(x_0 | seen)
 
     def __call__(self, x_0: Tensor) -> Tensor:
         return self.weight * x_0 + self.offset

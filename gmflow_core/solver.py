@@ -134,13 +134,18 @@ def clip_bias(bias: Tensor, anchor: Gaussian) -> Tensor:
     return bias * (mean_square(bias) / anchor.var).clamp(min=1).rsqrt()
 
 
-def blended_step(x: Tensor, x_next: Tensor, sigma: float, sigma_next: float, blend: Blend) -> Tensor:
-    r"""x_next as it would be had the step's x_0 been blended, with x_0 what leads from x to x_next in one Euler step:
+def seen(x: Tensor, blend: Blend | None) -> Tensor:
+    """Where a step's posterior belongs: at the solver's x, or at what the network saw instead."""
+    return x if blend is None else blend.seen
 
-        x_next <- w x_next + (1 - w) r x + (1 - r) offset,  r = s_next / s.
+
+def blended_step(x: Tensor, seen_next: Tensor, sigma: float, sigma_next: float, blend: Blend) -> Tensor:
+    r"""One Euler step from x to the blended x_0, with x_0 what leads from ``seen`` to ``seen_next`` in one such step:
+
+        x_next = r x + w (seen_next - r seen) + (1 - r) offset,  r = s_next / s.
     """
     ratio = sigma_next / sigma
-    return blend.weight * x_next + (1 - blend.weight) * (ratio * x) + (1 - ratio) * blend.offset
+    return ratio * x + blend.weight * (seen_next - ratio * blend.seen) + (1 - ratio) * blend.offset
 
 
 def sample_gm_ode(
@@ -165,9 +170,8 @@ def sample_gm_ode(
     """
 
     def advance(start: Tensor, posterior: Mixture, target: Gaussian, sigma: float, sigma_next: float, blend) -> Tensor:
-        grid = substep_sigmas(sigma, sigma_next, substeps, shift)
-        later = Reanchoring(posterior, start, sigma, grid[1:-1]) if substeps > 1 else None
-        x = start
+        grid, x = substep_sigmas(sigma, sigma_next, substeps, shift), seen(start, blend)
+        later = Reanchoring(posterior, x, sigma, grid[1:-1]) if substeps > 1 else None
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
             if interrupt is not None:
                 interrupt()
@@ -230,11 +234,12 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
     for i, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
         step = sigma - sigma_next
         guided = denoiser(x, sigma)
-        posterior, target = correct(guided, x, sigma, step, history, second_order)
+        at = seen(x, guided.blend)
+        posterior, target = correct(guided, at, sigma, step, history, second_order)
         posterior = posterior.temperature(temperature)
         if callback is not None:
             callback(StepInfo(i, len(grid) - 1, sigma, sigma_next, x, guided, posterior))
-        history = SolverHistory(guided.posterior, x, sigma, step) if order == 2 else None
+        history = SolverHistory(guided.posterior, at, sigma, step) if order == 2 else None
         x = advance(x, posterior, target, sigma, sigma_next, guided.blend)
         if inpaint is not None:
             x = inpaint(x, sigma_next)

@@ -94,7 +94,7 @@ class HostDenoiser:
                 f"({evaluating(self.model_options) or 'LazyCache'}) cannot be combined with GM samplers"
             )
         guided = capture.guided or guided_by_mean(self.positive(capture), capture.mean)
-        blend = self.blend(out, capture.mean, capture.sigma)
+        blend = self.blend(x, out, capture)
         return guided if blend is None else replace(guided, blend=blend)
 
     def positive(self, capture: Capture):
@@ -103,12 +103,13 @@ class HostDenoiser:
         positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
         return gather(capture, positive, self.info, "positive", self.model_options, "a GM sampler")
 
-    def blend(self, out: Tensor, mean: Tensor, sigma: float) -> Blend | None:
-        """What turns the guider's ``mean`` into ``out``; with a mask m its weight is m, so that known pixels stay known."""
-        mask = self.mask(out, sigma)
+    def blend(self, x: Tensor, out: Tensor, capture: Capture) -> Blend | None:
+        """What turns the guider's mean into ``out``; with a mask m its weight is m, so that known pixels stay known."""
+        mean, mask = capture.mean, self.mask(out, capture.sigma)
         if mask is not None:
-            return Blend(mask, out - mask * mean)
-        return None if torch.equal(out, mean) else Blend(1.0, out - mean)
+            return Blend(mask, out - mask * mean, capture.x)
+        untouched = torch.equal(out, mean) and torch.equal(x, capture.x)
+        return None if untouched else Blend(1.0, out - mean, capture.x)
 
     def mask(self, like: Tensor, sigma: float) -> Tensor | None:
         """The noise mask, broadcasting to x; it may depend on sigma (Differential Diffusion)."""

@@ -153,6 +153,7 @@ class Host:
         for name in ("custom_nodes", "input", "output", "temp", "user", "models/diffusion_models", "models/loras"):
             (base / name).mkdir(parents=True)
         (base / "custom_nodes" / "gmflow-nodes").symlink_to(ROOT, target_is_directory=True)
+        (base / "custom_nodes" / "test-wrappers").symlink_to(Path(__file__).parent / "wrappers", target_is_directory=True)
 
     def start(self) -> None:
         with socket.socket() as probe:
