@@ -81,7 +81,7 @@ def gather(capture: Capture, conds: list[dict], info: ModelInfo, role: str, mode
     """
     found = [cond for cond in conds if cond["uuid"] in capture.packed]
     if not found:
-        raise ValueError(f"{role}: {_absent(capture, model_options)}, and {who} needs the mixture of the whole image")
+        raise ValueError(f"{role}: {who} needs the mixture of the whole image, but {_absent(capture, model_options)}")
     if any("area" in cond or "mask" in cond for cond in found):
         raise ValueError(
             f"{role}: {who} takes conditionings of the whole image; remove the area or mask, "
@@ -102,7 +102,7 @@ def _absent(capture: Capture, model_options: dict) -> str:
         return (f"the network saw parts (batch {got} of {whole}) because of {patches or 'a patch'}; remove that node, or use "
                 "a core sampler with a core guider")
     return (f"the network was not asked for it at sigma {capture.sigma:.3f}; a conditioning without a range for this step, or a "
-            f"patch that skips the network ({patches or 'EasyCache'}), cannot be combined with it")
+            f"patch that skips the network ({patches or 'EasyCache'}), does not go with it")
 
 
 def pool(mixtures: Sequence[Mixture], strengths: Sequence[float]) -> Mixture:

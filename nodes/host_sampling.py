@@ -28,6 +28,7 @@ from .model_info import check_size, null_conditioning
 from .patches import replacing_cfg
 from .solving import RUN, HostDenoiser, Run, check_finite, check_sigmas, model_info, solve
 
+INSTEAD = 'use GMFlow Guider\'s method "vanilla CFG" or the core\'s CFGGuider with it'
 PREDICT_NOISE = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
 
 
@@ -44,7 +45,7 @@ def tell(text: str) -> None:
 class GMFlowGuider(comfy.samplers.CFGGuider):
     """Probabilistic guidance for any sampler: GM samplers get the guided mixture, others its mean. Vanilla CFG is the core's own."""
 
-    guidance = Guidance()
+    guidance, told = Guidance(), False
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         options, capture = {} if model_options is None else model_options, Capture(x, timestep)
@@ -54,6 +55,9 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
                 self.inner_model, x, timestep, self.conds["negative"], self.conds["positive"], self.cfg if acts else 1.0,
                 model_options=options, seed=seed,
             )
+        if self.cfg != 1.0 and not self.told:  # somebody set it (CFGOverride)
+            self.told = True
+            tell(f"a patch sets the CFG scale to {self.cfg:g}, which does nothing with probabilistic guidance; {INSTEAD}")
         outer = options.get("transformer_options", {}).get(CAPTURE)  # a GM sampler's
         with capturing(options, capture):
             guided = self.guided(["positive", "negative"] if acts else ["positive"], timestep, options, capture, x)
@@ -89,8 +93,7 @@ def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
     guider.guidance = guidance
     replacing = replacing_cfg(model.model_options)
     if replacing and not guidance.vanilla:
-        tell(f"{', '.join(replacing)} replaces classifier-free guidance and does nothing with probabilistic guidance; "
-             'use GMFlow Guider\'s method "vanilla CFG" or the core\'s CFGGuider with it')
+        tell(f"{', '.join(replacing)} replaces classifier-free guidance and does nothing with probabilistic guidance; {INSTEAD}")
     return guider
 
 
