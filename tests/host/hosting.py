@@ -154,7 +154,9 @@ class Host:
         self.counter = count()
         for name in ("custom_nodes", "input", "output", "temp", "user", "models/diffusion_models", "models/loras"):
             (base / name).mkdir(parents=True)
-        for name, folder in [("gmflow-nodes", ROOT), *((pack.name, pack) for pack in packs)]:
+        wrappers = Path(__file__).parent / "wrappers"
+        packs = [("gmflow-nodes", ROOT), ("test-wrappers", wrappers), *((pack.name, pack) for pack in packs)]
+        for name, folder in packs:
             (base / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
 
     def start(self) -> None:

@@ -5,13 +5,14 @@ The bases are ComfyUI's own classes (tiny_pack/tiny.py), the adapters the publis
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHECKOUTS
 from hosting import MISSING, ROOT, Host, Node, version
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 DATA = ROOT / "tests" / "data" / "piflow"
