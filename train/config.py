@@ -289,6 +289,8 @@ def _set(values: dict, key: str, value, setting: str) -> None:
         value = float(value)
     elif isinstance(current, tuple) and isinstance(value, list):
         value = tuple(value)
+    elif value is None and head in PATHS:
+        pass
     elif not isinstance(current, dict) and current is not None and type(value) is not type(current):
         raise ValueError(f"--set {setting}: {head} takes a {type(current).__name__}, got {value!r}")
     values[head] = value

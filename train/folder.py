@@ -23,12 +23,13 @@ _SNAPSHOT = re.compile(r"checkpoint-\d{7,}\.safetensors")
 @contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
     """No other process may work in a folder meanwhile; ValueError if one does. The lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # not on Windows
         yield
         return
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,6 +48,8 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
             yield
         finally:
             (folder / LOCK).unlink(missing_ok=True)
+            if new and not any(folder.iterdir()):
+                folder.rmdir()  # nothing came of it
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -55,7 +58,7 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def begin_again(folder: Path, keep: bool) -> None:
-    """Make way for a new run: move an earlier one's files to ``FOLDER/earlier-N``, or delete them if not to ``keep``."""
+    """Make way for a new run: move an earlier one's files to ``FOLDER/earlier-N`` if asked to ``keep``, else delete."""
     found = run_files(folder)
     if not found:
         return

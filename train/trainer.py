@@ -252,8 +252,8 @@ class Trainer:
     def _begin(self) -> None:
         """At step 0, in a folder without a state. ValueError if it holds a checkpoint, which a save would replace."""
         if (self.folder / CHECKPOINT).exists():
-            raise ValueError(f"{self.folder} holds {CHECKPOINT} but no {STATE} to go on from: a new run would replace it; "
-                             "choose another --out, or --fresh, which moves it aside, or --overwrite")
+            raise ValueError(f"{self.folder} holds {CHECKPOINT} but no {STATE} to go on from, and a new run would "
+                             "replace it; choose another --out, or --fresh, which moves it aside, or --overwrite")
         self.run_log.resume(-1, [])  # the lines of a run that was killed before its first save
 
     def _resume(self) -> None:

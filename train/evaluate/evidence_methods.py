@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmflow_core import Checkpoint, Conditioned, GaussianMixture, GMDenoiser, Inpaint, SecondOrder, flow_sigmas, unguided
+from gmflow_core import (
+    Checkpoint,
+    Conditioned,
+    GaussianMixture,
+    GMDenoiser,
+    Inpaint,
+    SecondOrder,
+    flow_sigmas,
+    unguided,
+)
 from gmflow_core.denoiser import Denoiser
 from gmflow_core.echo import FIRST_SIGMA
 from gmflow_core.evidence import Evidence
