@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 MAX_HEADER = 32 << 20  # bytes of names in a safetensors file; a model of 10,000 tensors has one
@@ -121,6 +121,9 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     if header > MAX_HEADER:
         raise CheckpointError(f"{path}: its header has {header:,} bytes, at most {MAX_HEADER:,} are read")
     try:
+        if not mappable(path):
+            content = path.read_bytes()
+            return load(content), json.loads(content[8 : 8 + header]).get("__metadata__", {})
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
@@ -128,6 +131,14 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             f"{path}: truncated or damaged safetensors file ({one_line(error)}{_missing_part(path, header)}); "
             "download or copy it again"
         ) from error
+
+
+def mappable(path: Path) -> bool:
+    """False for a path that is no UTF-8: then neither safetensors nor torch map the file, and it has to be read."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _missing_part(path: Path, header: int) -> str:

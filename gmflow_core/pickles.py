@@ -11,13 +11,14 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from .files import CheckpointError, one_line, read_head, shown
+from .files import CheckpointError, mappable, one_line, read_head, shown
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 MAX_PICKLE = 16 << 20       # bytes of names and numbers; the largest published training file has half a megabyte
@@ -46,7 +47,9 @@ def read_pickle(path: Path) -> dict:
     zipped = read_head(path).startswith(b"PK")
     try:
         check_archive(path) if zipped else check_stream(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        mapped = zipped and mappable(path)
+        with nullcontext(path) if mapped else open(path, "rb") as source:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
     except Exception as error:  # torch documents no list of what a damaged or hostile file raises

@@ -150,6 +150,7 @@ import sys, types
 for name in ("torch", "safetensors", "safetensors.torch"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["torch"].Tensor = sys.modules["safetensors"].safe_open = sys.modules["safetensors.torch"].save_file = object
+sys.modules["safetensors.torch"].load = object
 sys.modules["safetensors"].SafetensorError = ValueError
 package = sys.modules["gmflow_core"] = types.ModuleType("gmflow_core")
 package.__path__ = [{str(Path(ROOT) / "gmflow_core")!r}]

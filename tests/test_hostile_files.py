@@ -276,6 +276,19 @@ def test_paths_that_no_system_has(tmp_path):
         load_checkpoint("a\0b")
 
 
+def test_a_path_that_is_no_utf8(tmp_path, saved, training):
+    """Neither safetensors nor torch map such a file."""
+    folder = tmp_path / os.fsdecode(b"odd-\xff")
+    folder.mkdir()
+    shutil.copy(saved, folder / "a.safetensors")
+    assert load_checkpoint(folder / "a.safetensors").config == TINY
+    torch.save(training, folder / "a.pth")
+    assert load_checkpoint(folder / "a.pth", heads=2).config.num_classes == 10
+    (folder / "a.safetensors").write_bytes(saved.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"odd-\\udcff/a.safetensors: truncated or damaged"):
+        load_checkpoint(folder / "a.safetensors")
+
+
 # ---- text from files ---------------------------------------------------------------------------
 
 def test_shown():

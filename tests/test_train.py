@@ -74,8 +74,8 @@ def test_resume_is_identical_to_an_uninterrupted_run(tmp_path):
 def test_another_configuration_is_refused(tmp_path):
     trainer = Trainer(TINY, tmp_path, CPU)
     trainer.save()
-    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.001 there, 0.5 asked for\)"):
-        Trainer(replace(TINY, lr=0.5), tmp_path, CPU)
+    with pytest.raises(ValueError, match=r"another configuration \(label_dropout: 0.1 there, 0.5 asked for\)"):
+        Trainer(replace(TINY, label_dropout=0.5), tmp_path, CPU)
 
 
 def test_a_failed_save_leaves_the_previous_files(tmp_path, monkeypatch):

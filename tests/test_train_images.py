@@ -218,8 +218,10 @@ def test_command_trains_on_a_folder(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("settings, message", [
     (["model.in_channels=4", "spectrum.base_size=[4, 16, 16]"], "images have 1 or 3 channels"),
-    (["data=digits", "classes=model"], "the data has 10 classes, the model 1000"),
-    (["data=checkerboard"], r"samples of shape \(2,\), the model takes \(3, 16, 16\)"),
+    (["data=digits", "classes=model"], "data digits needs no folder and would ignore"),
+    (["data=checkerboard"], "data checkerboard needs no folder and would ignore"),
+    (["data=digits", "classes=model", "data_path=null"], "the data has 10 classes, the model 1000"),
+    (["data=checkerboard", "data_path=null"], r"samples of shape \(2,\), the model takes \(3, 16, 16\)"),
     (["data=cats"], "data must be one of digits, checkerboard, imagefolder"),
     (["model.sample_size=32"], r"spectrum.base_size \[3, 16, 16\] must be the model's sample \[3, 32, 32\]"),
     (["model=3"], "set a field of model: model.num_classes, "),

@@ -1,6 +1,7 @@
 """Encoding a folder of images to latents, and training on them."""
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -227,9 +228,8 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     assert Latents.load(out).flip
     assert run_main(monkeypatch, tmp_path / "absent", "--vae", "x", "--out", out) == 2
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "absent").exists()
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, folder, "--vae", "x", "--out", out, "--batch", 0)
-    assert "--batch must be >= 1" in capsys.readouterr().err
+    assert run_main(monkeypatch, folder, "--vae", "x", "--out", out, "--batch", 0) == 2
+    assert "--batch: '0' is not a whole number >= 1" in capsys.readouterr().err
 
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
@@ -262,3 +262,66 @@ def test_with_a_vae_of_diffusers(folder, tmp_path):
         torch.testing.assert_close(shard.get_tensor("latents")[0], (0.7 * (posterior.mean + posterior.std * noise))[0])
     with pytest.raises(ValueError, match="no AutoencoderKL could be loaded from it"):
         diffusers_encoder(str(folder), CPU)
+
+
+# ---- another VAE, other pictures, other processes ----------------------------------------------
+
+def copy_of(folder, tmp_path):
+    import shutil
+
+    return find_images(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_vae_of_the_same_name_is_told_apart(folder, tmp_path):
+    from dataclasses import replace
+
+    images, out = find_images(folder), tmp_path / "out"
+    module.encode_folder(images, out, replace(FAKE, weights="a"), size=32, shard_size=4)
+    with pytest.raises(ValueError, match="was begun with other weights of the VAE; choose another --out"):
+        module.encode_folder(images, out, replace(FAKE, weights="b"), size=32, shard_size=4)
+
+
+def test_a_replaced_picture_of_the_same_name_is_told_apart(folder, tmp_path):
+    from PIL import Image
+
+    images, out = copy_of(folder, tmp_path), tmp_path / "out"
+    module.encode_folder(images, out, FAKE, size=32, shard_size=4)
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(images.paths[2])
+    with pytest.raises(ValueError, match="was begun with other images"):
+        module.encode_folder(find_images(images.folder), out, FAKE, size=32, shard_size=4)
+
+
+def test_a_folder_begun_without_fingerprints_goes_on(folder, tmp_path, capsys):
+    images, out = find_images(folder), tmp_path / "out"
+    module.encode_folder(images, out, FAKE, size=32, shard_size=4)
+    plan = json.loads((out / module.PLAN).read_text())
+    (out / module.PLAN).write_text(json.dumps({k: v for k, v in plan.items() if k not in ("contents", "vae_weights")}))
+    module.encode_folder(images, out, FAKE, size=32, shard_size=4)
+    assert "a version without fingerprints" in capsys.readouterr().err
+    (out / module.PLAN).write_text("{half")
+    with pytest.raises(ValueError, match="damaged, not JSON"):
+        module.encode_folder(images, out, FAKE, size=32, shard_size=4)
+
+
+def test_fingerprints_of_weights():
+    state = {"b": torch.zeros(2, 3), "a": torch.ones(2, dtype=torch.bfloat16)}
+    same = module.fingerprint_of(dict(reversed(state.items())))
+    assert module.fingerprint_of(state) == same
+    for other in (state | {"b": torch.zeros(3, 2)}, state | {"a": state["a"].float()}, state | {"b": state["b"] + 1e-7}):
+        assert module.fingerprint_of(other) != same
+
+
+def test_a_world_size_alone_encodes_all(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "diffusers_encoder", lambda source, device: FAKE)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run_main(monkeypatch, folder, "--vae", "x", "--out", tmp_path / "out", "--size", 32, "--shard-size", 4) == 0
+    assert "11 images" in capsys.readouterr().out and ".lock" not in os.listdir(tmp_path / "out")
+
+
+def test_a_class_without_a_readable_picture_is_said(folder, tmp_path, capsys):
+    images = copy_of(folder, tmp_path)
+    for path, label in zip(images.paths, images.labels.tolist(), strict=True):
+        if label == 1:
+            path.write_bytes(b"no picture")
+    module.encode_folder(images, tmp_path / "out", FAKE, size=32, shard_size=4)
+    assert f"of the class {images.classes[1]} can be read: it has no latents" in capsys.readouterr().err

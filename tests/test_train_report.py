@@ -127,7 +127,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys, monkeypatch):
 
     assert main() == 2 and f"error: {tmp_path}: no {LOG} in it; give the folder of a run" in capsys.readouterr().err
     (tmp_path / LOG).write_text("{half}\n")
-    assert main() == 2 and f"{tmp_path / LOG}: a line is not JSON" in capsys.readouterr().err
+    assert main() == 2 and f"{tmp_path / LOG}: 1 damaged lines are left out" in capsys.readouterr().err
     (tmp_path / LOG).write_text("")
     assert main() == 2 and "has no line yet" in capsys.readouterr().out
     assert not (tmp_path / REPORT).exists()

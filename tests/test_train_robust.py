@@ -29,7 +29,9 @@ def lines(folder: Path) -> list[dict]:
 
 # ---- signals -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138),
+])
 def test_a_signal_saves_and_the_run_goes_on_identically(tmp_path, monkeypatch, capsys, number, code):
     before = signal.getsignal(number)
     whole = Trainer(TINY, tmp_path / "whole", CPU)
@@ -153,7 +155,7 @@ def test_a_damaged_state_is_named(tmp_path):
     trainer = Trainer(TINY, tmp_path, CPU)
     trainer.save()
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:5000])
-    with pytest.raises(ValueError, match=f"{STATE}: damaged .*; delete it to start again"):
+    with pytest.raises(ValueError, match=f"{STATE}: damaged .*; --fresh begins again"):
         Trainer(TINY, tmp_path, CPU)
 
 

@@ -4,43 +4,69 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from gmflow_core import __version__
 from gmflow_core.checkpoint import convert
+from gmflow_core.cli import Parser, UsageError, number, run_command
 
-from .config import LATER, PRESETS, TrainConfig, override
+from .config import PRESETS, TrainConfig, override
 from .console import attempt
+from .folder import begin_again, check_export, locked
 from .preview import save_samples
 from .report import write_report
 from .runlog import short
+from .settings import presets_help, read_settings, settings_help
 from .stop import StopRequest
 from .team import Team, leave
 from .throughput import forward_flops
 from .trainer import CHECKPOINT, Trainer
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train", description="Train a GMFlow checkpoint.")
-    parser.add_argument("--preset", required=True, choices=sorted(PRESETS), help="what to train")
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m train", description="Train a GMFlow checkpoint.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="what to train")
     parser.add_argument("--data", metavar="FOLDER",
                         help="folder of the data, for presets that need one (sets data_path)")
     parser.add_argument("--init-from", metavar="FILE",
-                        help="start from a GMFlow checkpoint of any K, "
-                             "or from a DiT in diffusers' layout (sets init_from)")
-    parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[],
+                        help="start from a GMFlow checkpoint of any K, or from a DiT in diffusers' layout or its "
+                             "own (sets init_from)")
+    parser.add_argument("--settings", type=Path, metavar="FILE",
+                        help="settings in a JSON or YAML file; --set goes before")
+    parser.add_argument("--set", dest="assignments", metavar="KEY=VALUE", action="append", default=[],
                         help="change one setting, e.g. steps=500 or model.num_layers=4; may be repeated")
+    parser.add_argument("--holdout", type=float, metavar="SHARE",
+                        help="keep so much of the data out of training and log its loss and NLL (sets holdout)")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/PRESET)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--fresh", action="store_true", help="begin again; an earlier run in --out is moved aside")
+    again.add_argument("--overwrite", action="store_true", help="begin again; an earlier run in --out is deleted")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: torch's choice)")
     parser.add_argument("--export", type=Path, help="also write the finished checkpoint here, in float16")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, take one step, write nothing")
-    return parser.parse_args()
+    parser.add_argument("--list-presets", action="store_true", help="what there is to train")
+    parser.add_argument("--help-settings", action="store_true", help="every setting, its default and its meaning")
+    parser.add_argument("--version", action="store_true", help="versions of this program and of PyTorch")
+    return parser.parse_args(arguments)
+
+
+def configuration(args: argparse.Namespace) -> TrainConfig:
+    """The preset with the settings of the file, of the options, and of ``--set``, the later before the earlier."""
+    if args.preset is None:
+        raise UsageError("--preset is needed; --list-presets says what there is")
+    options = {"data_path": args.data, "init_from": args.init_from, "holdout": args.holdout}
+    settings = read_settings(args.settings) if args.settings else []
+    settings += [f"{key}={value}" for key, value in options.items() if value is not None]
+    return override(PRESETS[args.preset], settings + args.assignments)
 
 
 def train(trainer: Trainer) -> None:
@@ -67,7 +93,7 @@ def train(trainer: Trainer) -> None:
             trainer.run_log.close()
         trainer.save()
         if team.first:
-            attempt("the report", lambda: write_report(trainer.folder), "")
+            attempt("the report", lambda: write_report(trainer.folder), "", Exception)
         team.wait()
         if trainer.step < config.steps:
             if team.first:
@@ -85,14 +111,16 @@ def after_step(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
     config, step = trainer.config, trainer.step
     last = step == config.steps
     attempt("a save", trainer.writer.check)
-    if trainer.team.first and (step % config.log_every == 0 or last or "skipped" in numbers):
+    if trainer.held_out is not None and (step % config.sample_every == 0 or last):
+        numbers = numbers | trainer.held_out_figures()
+    if trainer.team.first and (step % config.log_every == 0 or last or {"skipped", "holdout_loss"} & numbers.keys()):
         numbers = numbers | trainer.speed.report(step, trainer.seconds)
         if trainer.save_seconds:
             numbers["save_seconds"], trainer.save_seconds = trainer.save_seconds, 0.0
         attempt("the log", lambda: trainer.log(numbers))
         bar.set_postfix({label: f"{numbers[name]:.3g}" for name, label in SHOWN.items() if name in numbers})
     if step % config.sample_every == 0 or last:
-        attempt("samples", lambda: draw_samples(trainer))
+        attempt("samples", lambda: draw_samples(trainer), errors=Exception)
     if step % config.save_every == 0 and not last:  # the last save is train's: it must not fail
         trainer.save(wait=False)
 
@@ -110,37 +138,53 @@ def dry_run(config: TrainConfig, team: Team) -> None:
     numbers = trainer.train_step()
     if team.first:
         whole = replace(trainer.config, batch_size=config.batch_size, accumulate=config.accumulate)
-        print(json.dumps(LATER | whole.to_dict(), indent=2))
+        print(json.dumps(whole.to_dict(whole=True), indent=2))
         flops = forward_flops(trainer.config.model)
         print(f"{sum(p.numel() for p in trainer.nets.parameters()):,} parameters on {team.device}, "
               f"{flops / 1e9:.3g} GFLOP a sample")
         print(json.dumps({name: short(value) for name, value in numbers.items()}))
 
 
-def main() -> int:
+def run(args: argparse.Namespace, team: Team, config: TrainConfig) -> None:
+    folder = args.out or Path("runs") / args.preset
+    with locked(folder, "trains") if team.first else nullcontext():
+        if team.first and (args.fresh or args.overwrite):
+            begin_again(folder, keep=args.fresh)
+        team.wait()
+        trainer = Trainer(config, folder, team.device, team)
+        train(trainer)
+        if args.export and team.first:
+            convert(folder / CHECKPOINT, args.export, dtype=torch.float16)
+    if team.first:
+        print(f"checkpoint: {args.export or folder / CHECKPOINT}")
+
+
+def action() -> None:
     args = parse()
+    if args.version or args.list_presets or args.help_settings:
+        texts = {"version": version, "list_presets": presets_help, "help_settings": settings_help}
+        return print("\n\n".join(text() for name, text in texts.items() if getattr(args, name)))
     if args.threads:
         torch.set_num_threads(args.threads)
+    config = configuration(args)
+    if args.export:
+        check_export(args.export)
     try:
-        paths = {"data_path": args.data, "init_from": args.init_from}
-        settings = [f"{key}={path}" for key, path in paths.items() if path] + args.settings
-        config = override(PRESETS[args.preset], settings)
         team = Team.join(args.device)
         if args.dry_run:
             dry_run(config, team)
-            return 0
-        trainer = Trainer(config, args.out or Path("runs") / args.preset, team.device, team)
-        train(trainer)
-        if args.export and team.first:
-            convert(trainer.folder / CHECKPOINT, args.export, dtype=torch.float16)
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        else:
+            run(args, team, config)
     finally:
         leave()
-    if team.first:
-        print(f"checkpoint: {args.export or trainer.folder / CHECKPOINT}")
-    return 0
+
+
+def version() -> str:
+    return f"gmflow-nodes {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def main() -> int:
+    return run_command(action, "stopped, not saved since the last save; run the same command to go on from there")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+import math
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
 
@@ -11,9 +12,23 @@ DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
 FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations",
-        "compile", "tf32", "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard")
+        "compile", "tf32", "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard", "keep",
+        "ema_decays")
+# These too, but it is said: the run is no longer the one that its first settings would have made.
+CHANGEABLE = ("lr", "batch_size", "warmup", "clip_norm", "clip_from")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
-LATER = {"mean_weight": 0.0, "cooldown": 0}  # settings that older runs did not have, at what they did
+# Settings that the first runs did not have. Their defaults are what those did, and so is a setting that a file lacks.
+LATER = ("mean_weight", "cooldown", "ema_decays", "holdout", "keep")
+
+# What numbers may be: (least, most); "(0, ..." means without the end itself.
+_COUNTS = ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every", "save_every")
+_RANGES = {
+    **dict.fromkeys(_COUNTS, ">= 1"), "warmup": ">= 0", "clip_from": ">= 0", "cooldown": ">= 0", "keep": ">= 0",
+    "weight_decay": ">= 0", "spectral_weight": ">= 0", "mean_weight": ">= 0", "clip_norm": ">= 0",
+    "transition_weight": "> 0", "lr": "> 0", "time_std": "> 0", "time_shift": "> 0",
+    "transition_ratio": "in (0, 1]", "label_dropout": "in [0, 1]", "ema_decay": "in [0, 1)", "holdout": "in [0, 1)",
+    "time_mean": "in [-20, 20]", "seed": "in [0, 2147483647]",
+}
 
 
 @dataclass(frozen=True)
@@ -24,55 +39,59 @@ class TrainConfig:
     """
 
     data: str                                # one of DATASETS
-    model: GMDiTConfig | GMMLPConfig
+    model: GMDiTConfig | GMMLPConfig         # the network
     spectrum: SpectrumConfig | None = None   # trained beside the model when given
     init_from: str | None = None             # a GMFlow checkpoint or a diffusers DiT to start from (train.initialise)
     # data from files
     data_path: str | None = None             # the folder
+    holdout: float = 0.0                     # share of it that is never trained on; its loss and NLL are logged
     classes: str = "model"                   # or "data": model.num_classes becomes what the data has
     flip: bool = True                        # mirror images at random, latents where encoded with --flips; never digits
     workers: int = 2                         # threads that decode images
     # objective
     loss: str = "transition"                 # or "l2": vanilla flow matching, needs K = 1 and a constant log_std
-    transition_ratio: float = 0.5
-    transition_weight: float = 2.0
-    spectral_weight: float = 1.0
+    transition_ratio: float = 0.5            # how far a transition goes: 1, plain likelihood, is from x_0 itself
+    transition_weight: float = 2.0           # of the transition loss
+    spectral_weight: float = 1.0             # of the spectral loss, where there is a spectrum
     mean_weight: float = 0.0                 # squared error of the mixture's mean; 0, the published loss, has none
-    label_dropout: float = 0.1
+    label_dropout: float = 0.1               # share of labels replaced by the null label, which guidance needs
     time_distribution: str = "logit-normal"  # or "uniform"
     time_mean: float = 0.0                   # of the logit-normal
-    time_std: float = 1.0
-    time_shift: float = 1.0
+    time_std: float = 1.0                    # likewise
+    time_shift: float = 1.0                  # above 1: more of the training at high noise
     # optimizer
-    steps: int = 200_000
+    steps: int = 200_000                     # of the optimizer
     batch_size: int = 4096                   # of all processes together
     accumulate: int = 1                      # a process takes its part of a batch in so many pieces, to save memory
     parallel: str = "ddp"                    # or "fsdp": processes share out weights, their average and AdamW's state
     optimizer: str = "adamw"                 # or "adamw8bit", of bitsandbytes or torchao
-    lr: float = 2e-4
+    lr: float = 2e-4                         # the learning rate, after warm-up
     lr_decay: str = "constant"               # or "cosine": to zero at the last step; or "cooldown": to zero at the end
     cooldown: int = 0                        # in so many last steps, constant before
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95) # of AdamW
     weight_decay: float = 0.05               # of matrices; never of biases
-    warmup: int = 1000
-    clip_norm: float = 10.0
+    warmup: int = 1000                       # steps in which the learning rate rises from zero
+    clip_norm: float = 10.0                  # of each network's gradient; 0 leaves gradients as they are
     clip_from: int = 1000                    # the first steps have large, harmless gradients
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999                # of the moving average, which is what a checkpoint holds
+    ema_decays: tuple[float, ...] = ()       # of more averages, each saved as checkpoint-ema-DECAY.safetensors
     precision: str = "bf16"                  # autocast of the network; or "float32". Mixtures are always float32
     max_bad_steps: int = 10                  # give up after so many steps in a row whose loss or gradient is not finite
     ema_device: str = "same"                 # or "cpu", to save memory on the GPU
     checkpoint_activations: bool = False     # compute them again in the backward pass: a third slower, much less memory
     compile: bool = False                    # torch.compile of the network
     tf32: bool = True                        # matrix products of float32 in TF32 on CUDA
-    seed: int = 0
+    seed: int = 0                            # of the weights and of every step's draws
     # reports
-    log_every: int = 50
-    sample_every: int = 1000
-    save_every: int = 500
+    log_every: int = 50                      # steps between two lines of the log
+    sample_every: int = 1000                 # steps between two sample pictures, and two looks at what is held out
+    save_every: int = 500                    # steps between two saves
+    keep: int = 0                            # numbered snapshots, checkpoint-STEP.safetensors: the last so many stay
     tensorboard: bool = True                 # scalars and samples for TensorBoard, if it is installed
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("betas", "ema_decays"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of(self, "data", DATASETS)
         _one_of(self, "classes", ("model", "data"))
         _one_of(self, "loss", ("transition", "l2"))
@@ -82,23 +101,22 @@ class TrainConfig:
         _one_of(self, "optimizer", ("adamw", "adamw8bit"))
         _one_of(self, "ema_device", ("same", "cpu"))
         _one_of(self, "parallel", ("ddp", "fsdp"))
-        for name in ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every",
-                     "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("warmup", "clip_from", "weight_decay", "spectral_weight", "mean_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name, low, high in (("transition_ratio", 0, 1), ("label_dropout", 0, 1), ("ema_decay", 0, 1)):
-            value = getattr(self, name)
-            if not low <= value <= high or (name == "transition_ratio" and value == 0):
-                wanted = "(0, 1]" if name == "transition_ratio" else "[0, 1]"
-                raise ValueError(f"{name} must be in {wanted}, got {value}")
+        for name, wanted in _RANGES.items():
+            _in_range(name, getattr(self, name), wanted)
+        for name in ("betas", "ema_decays"):
+            for value in getattr(self, name):
+                _in_range(name, value, "in [0, 1)")
+        if len({*self.ema_decays, self.ema_decay}) <= len(self.ema_decays):
+            raise ValueError(f"ema_decays are for more averages than that of ema_decay={self.ema_decay:g}, each once, "
+                             f"got {list(self.ema_decays)}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {list(self.betas)}")
+        if self.data_path is not None and self.data in ("digits", "checkerboard"):
+            raise ValueError(f"data {self.data} needs no folder and would ignore {self.data_path}: for your own "
+                             "pictures take --preset images64, for latents a dit preset")
         if (self.lr_decay == "cooldown") != (self.cooldown > 0) or not 0 <= self.cooldown <= self.steps:
             raise ValueError(f"cooldown, the last steps of lr_decay=cooldown, must be from 1 to steps={self.steps} "
                              f"with it and 0 without, got {self.cooldown}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be > 0, got {self.lr}")
         if self.loss == "l2" and (self.model.num_gaussians != 1 or self.model.constant_logstd is None):
             raise ValueError("loss l2 needs model.num_gaussians=1 and a model.constant_logstd")
         if self.loss == "l2" and self.mean_weight:
@@ -109,20 +127,35 @@ class TrainConfig:
         if self.spectrum is not None:
             _check_spectrum(self.spectrum, self.model)
 
-    def to_dict(self) -> dict:
-        """Plain JSON types, as stored in checkpoints and compared on resume;
-        without the later settings where they change nothing."""
+    def to_dict(self, whole: bool = False) -> dict:
+        """Plain JSON types, as stored in checkpoints and compared on resume. Unless it is to be ``whole``, settings
+        that the first runs did not have are left out where they change nothing."""
         plain = json.loads(json.dumps(asdict(self)))
-        return {k: v for k, v in plain.items() if k not in LATER or v != LATER[k]}
+        defaults = _defaults(TrainConfig)
+        return {k: v for k, v in plain.items() if whole or k not in LATER or v != defaults[k]}
 
 
-def changes(before: dict, after: dict) -> list[str]:
-    """In words, where two configurations (dicts) differ that must be the same throughout a run."""
+def _defaults(config) -> dict:
+    """The defaults of a config's fields, in plain JSON types."""
+    found = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    return json.loads(json.dumps(found))
+
+
+def _completed(config: dict) -> dict:
+    """A configuration from a file, with the default of every setting that the file does not know."""
+    known = _defaults(TrainConfig) | config
+    kinds = {"model": GMDiTConfig if "sample_size" in known["model"] else GMMLPConfig, "spectrum": SpectrumConfig}
+    return known | {name: _defaults(kind) | known[name] for name, kind in kinds.items() if known[name] is not None}
+
+
+def changes(before: dict, after: dict) -> tuple[list[str], list[str]]:
+    """In words, where two configurations (dicts) differ: in what must stay throughout a run, and in what may change."""
     lengths = {"constant": ("steps",), "cooldown": ("steps", "cooldown")}  # what comes before the end is the same
     free = FREE + (lengths.get(after["lr_decay"], ()) if before["lr_decay"] == after["lr_decay"] else ())
-    before, after = LATER | before, LATER | after
-    return [f"{k}: {before.get(k)} there, {after[k]} asked for" for k in after
-            if before.get(k) != after[k] and k not in free]
+    before, after = _completed(before), _completed(after)
+    differ = [k for k in after if before.get(k) != after[k] and k not in free]
+    words = {k: f"{k}: {before.get(k)} there, {after[k]} asked for" for k in differ}
+    return [words[k] for k in differ if k not in CHANGEABLE], [words[k] for k in differ if k in CHANGEABLE]
 
 
 def _check_spectrum(spectrum: SpectrumConfig, model: GMDiTConfig | GMMLPConfig) -> None:
@@ -131,6 +164,18 @@ def _check_spectrum(spectrum: SpectrumConfig, model: GMDiTConfig | GMMLPConfig) 
     sample = (model.in_channels, model.sample_size, model.sample_size)
     if spectrum.base_size != sample:
         raise ValueError(f"spectrum.base_size {list(spectrum.base_size)} must be the model's sample {list(sample)}")
+
+
+def _in_range(name: str, value: float, wanted: str) -> None:
+    """ValueError unless a number is what a text says: ">= 1", "> 0", "in (0, 1]". NaN never is."""
+    if wanted[0] == ">":
+        relation, bound = wanted.split()
+        good = (value >= float(bound) if relation == ">=" else value > float(bound)) and value < math.inf
+    else:
+        low, high = map(float, wanted[4:-1].split(", "))
+        good = low <= value <= high and (value != low or wanted[3] == "[") and (value != high or wanted[-1] == "]")
+    if not good:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def _one_of(config: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:
@@ -244,6 +289,8 @@ def _set(values: dict, key: str, value, setting: str) -> None:
         value = float(value)
     elif isinstance(current, tuple) and isinstance(value, list):
         value = tuple(value)
+    elif value is None and head in PATHS:
+        pass
     elif not isinstance(current, dict) and current is not None and type(value) is not type(current):
         raise ValueError(f"--set {setting}: {head} takes a {type(current).__name__}, got {value!r}")
     values[head] = value

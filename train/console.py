@@ -13,9 +13,9 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def attempt(what: str, write: Callable[[], object], then: str = "; training goes on") -> None:
-    """A full disk should not end a run: say so and go on."""
+def attempt(what: str, write: Callable[[], object], then: str = "; training goes on", errors=OSError) -> None:
+    """A full disk should not end a run: say so and go on. ``errors``: likewise others, of what it can do without."""
     try:
         write()
-    except OSError as error:
+    except errors as error:
         say(f"{what} failed: {error}{then}")

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from gmflow_core.files import write_atomically
+from gmflow_core.cli import Parser, number, open_device, run_command
+from gmflow_core.files import remove_remains, write_atomically, write_text
 from gmflow_core.model import SD_VAE_SCALE
 
 from .console import say
-from .data.images import ImageList, decode, find_images, to_unit
+from .data.decode import decode, to_unit
+from .data.images import ImageList, find_images, fingerprint
 from .data.latents import FORMAT, INDEX
+from .folder import locked
+from .team import launched
 from .vae import load_vae
 
 PLAN = "plan.json"
@@ -45,6 +50,7 @@ class Encoder:
     name: str
     scale: float
     shift: float
+    weights: str = ""  # a fingerprint of them
 
 
 def diffusers_encoder(source: str, device: torch.device) -> Encoder:
@@ -57,7 +63,17 @@ def diffusers_encoder(source: str, device: torch.device) -> Encoder:
 
     scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
     name = Path(source).resolve().name if Path(source).is_dir() else source
-    return Encoder(encode, name, float(SD_VAE_SCALE if scale is None else scale), float(shift or 0.0))
+    scale = float(SD_VAE_SCALE if scale is None else scale)
+    return Encoder(encode, name, scale, float(shift or 0.0), fingerprint_of(vae.state_dict()))
+
+
+def fingerprint_of(state: dict[str, Tensor]) -> str:
+    """Of names and values of weights, whatever file they came from."""
+    total = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def encode_folder(
@@ -73,7 +89,7 @@ def encode_folder(
     plan = {
         "format": FORMAT, "vae": encoder.name, "scale": encoder.scale, "shift": encoder.shift, "size": size,
         "flips": flips, "dtype": dtype, "shard_size": shard_size, "classes": list(images.classes), "found": count,
-        "files": digest(images),
+        "files": digest(images), "contents": fingerprint(images), "vae_weights": encoder.weights,
     }
     out.mkdir(parents=True, exist_ok=True)
     check_plan(out / PLAN, plan, write=rank == 0)
@@ -95,7 +111,8 @@ def encode_folder(
     made = [shard for shard in made if shard["count"]]
     if not made:
         raise ValueError(f"{images.folder}: none of its {count} images can be read")
-    index = {k: v for k, v in plan.items() if k not in ("files", "shard_size")} | {
+    say_empty_classes(images, broken)
+    index = {k: v for k, v in plan.items() if k not in ("files", "contents", "shard_size")} | {
         "shape": made[0]["shape"], "images": sum(s["count"] for s in made), "broken": broken,
         "shards": [{"file": s["file"], "count": s["count"]} for s in made],
     }
@@ -137,10 +154,29 @@ def draw(encoder: Encoder, images: Tensor, seeds: list[int]) -> Tensor:
     return (mean + std * noise - encoder.shift) * encoder.scale
 
 
+def say_empty_classes(images: ImageList, broken: list[str]) -> None:
+    """Name the classes of which no image could be read."""
+    gone = set(broken)
+    for label, name in enumerate(images.classes):
+        chosen = (images.labels == label).nonzero()[:, 0].tolist()
+        if all(images.paths[i].relative_to(images.folder).as_posix() in gone for i in chosen):
+            say(f"{images.folder}: none of the {len(chosen)} images of the class {name} can be read: it has no latents")
+
+
+SAID: set[str] = set()
+
+
+def say_once(words: str) -> None:
+    """A note on decoded images, the first time."""
+    if words not in SAID:
+        SAID.add(words)
+        say(words)
+
+
 def try_decode(path: Path, size: int) -> Tensor | None:
     """The image (3,S,S) uint8, or None with a word to stderr if it cannot be read."""
     try:
-        return decode(path, size)
+        return decode(path, size, note=say_once)
     except Exception as error:  # a damaged file may raise anything: Pillow lists nothing
         say(f"{path}: cannot be read, left out ({type(error).__name__}: {error})")
         return None
@@ -151,19 +187,26 @@ def try_decode(path: Path, size: int) -> Tensor | None:
 def digest(images: ImageList) -> str:
     """Of the names and classes of all images, in their order."""
     names = "\n".join(path.relative_to(images.folder).as_posix() for path in images.paths)
-    return hashlib.sha256(names.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(names)).hexdigest()
 
 
 def check_plan(path: Path, plan: dict, write: bool) -> None:
     """``write`` the plan of a new folder; ValueError if the folder was begun with another one."""
     if not path.exists():
         return write_json(path, plan) if write else None
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{k} {before.get(k)!r}, not {plan[k]!r}" for k in plan
-               if before.get(k) != plan[k] and k not in ("files", "classes")]
-    if before != plan:
-        raise ValueError(f"{path.parent} was begun with {', '.join(changed) or 'other images'}; "
-                         "choose another --out, or delete it")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, not JSON ({error}); delete the folder, or choose another --out") from None
+    known = {k: v for k, v in plan.items() if k in before}  # an older version kept no fingerprints
+    changed = [k for k in known if before[k] != known[k]]
+    inputs = {"contents", "classes", "files"}
+    words = [f"{k} {before[k]!r}, not {known[k]!r}" for k in changed if k not in {"vae_weights", *inputs}]
+    words += ["other weights of the VAE"] * ("vae_weights" in changed) + ["other images"] * bool(inputs & set(changed))
+    if changed:
+        raise ValueError(f"{path.parent} was begun with {', '.join(words)}; choose another --out, or delete it")
+    if plan.keys() - known.keys():
+        say(f"{path.parent} was begun by a version without fingerprints: see to it that VAE and images are the same")
 
 
 def finished(path: Path) -> dict | None:
@@ -177,60 +220,60 @@ def finished(path: Path) -> dict | None:
     return {"file": path.name, "count": shape[0], "shape": shape[1:], "broken": broken}
 
 
-def wait_for(path: Path) -> dict:
+def wait_for(path: Path, patience: float = 60) -> dict:
     """What a shard holds, once it is there: another process may still be at it. torchrun ends all if one fails."""
+    waited = 0.0
     while (made := finished(path)) is None:
         time.sleep(1)
+        waited += 1
+        if waited % patience == 0:
+            say(f"waiting for {path.name}, which another process of this team makes")
     return made
 
 
 def write_json(path: Path, value) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.encode", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m train.encode", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="images, a subfolder for each class")
     parser.add_argument("--vae", required=True,
                         help="diffusers AutoencoderKL: a folder or a name on the Hugging Face hub")
     parser.add_argument("--out", type=Path, required=True, help="folder of the latents")
-    parser.add_argument("--size", type=int, default=256, help="images are cut to this size (default 256)")
+    count = number(int, 1)
+    parser.add_argument("--size", type=count, default=256, help="images are cut to this size (default 256)")
     parser.add_argument("--flips", action="store_true",
                         help="also encode every image mirrored: twice the time and space")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode images (default 2)")
-    parser.add_argument("--batch", type=int, default=16, help="images at a time in the VAE (default 16)")
-    parser.add_argument("--shard-size", type=int, default=4096, help="images a file (default 4096)")
+    parser.add_argument("--workers", type=number(int, 1, 1024), default=2,
+                        help="threads that decode images (default 2)")
+    parser.add_argument("--batch", type=count, default=16, help="images at a time in the VAE (default 16)")
+    parser.add_argument("--shard-size", type=count, default=4096, help="images a file (default 4096)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored latents (default float16)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
-    args = parser.parse_args()
-    for name in ("size", "workers", "batch", "shard_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
-    return args
+    return parser.parse_args()
 
 
-def main() -> int:
+def action() -> None:
     args = parse()
-    try:
-        images = find_images(args.folder)
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
+    images = find_images(args.folder)
+    rank, local, world = launched()
+    device = open_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    with locked(args.out, "encodes") if rank == 0 else nullcontext():
+        if rank == 0:
+            remove_remains(args.out)
         index = encode_folder(
             images, args.out, diffusers_encoder(args.vae, device), size=args.size, flips=args.flips,
             workers=args.workers, batch=args.batch, shard_size=args.shard_size, dtype=args.dtype,
             rank=rank, world=world,
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on", file=sys.stderr)
-        return 130
     if index is not None:
         print(f"{args.out}: {index['images']} images, {len(index['classes'])} classes, latents {index['shape']}, "
               f"{len(index['broken'])} left out")
-    return 0
+
+
+def main() -> int:
+    return run_command(action, "stopped; run the same command to go on")
 
 
 if __name__ == "__main__":

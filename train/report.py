@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import math
 import sys
 from html import escape
@@ -13,9 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from gmflow_core.describe import format_info, identify
-from gmflow_core.files import write_atomically
+from gmflow_core.files import write_text
 
-from .runlog import LOG
+from .runlog import LOG, read_lines
 from .svg import Line, chart
 
 REPORT = "report.html"
@@ -72,7 +71,7 @@ def write_report(folder: Path, path: Path | None = None) -> Path | None:
     if not lines:
         return None
     text = page(folder, lines)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 
@@ -107,10 +106,7 @@ def read_log(folder: Path) -> list[dict]:
         if (folder / CHECKPOINT).is_file():  # stopped before its first line
             return []
         raise ValueError(f"{folder}: no {LOG} in it; give the folder of a run, as --out of python -m train named it")
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    except ValueError as error:
-        raise ValueError(f"{path}: a line is not JSON ({error}); repair or remove it") from error
+    return read_lines(path)
 
 
 def checkpoint_info(folder: Path) -> dict | None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
+
+from gmflow_core.files import write_text
+
+from .console import say
 
 LOG = "log.jsonl"
 BOARD = "tensorboard"
@@ -24,8 +29,7 @@ class RunLog:
         trim_log(self.path, step)
 
     def write(self, numbers: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({k: short(v) for k, v in numbers.items()}) + "\n")
+        append_line(self.path, json.dumps({k: short(v) for k, v in numbers.items()}))
         if numbers["step"] % self.every == 0 and "loss_smooth" in numbers:
             self.history.append([numbers["step"], short(numbers["loss_smooth"])])
         if board := self.open_board(numbers["step"]):
@@ -58,12 +62,37 @@ class RunLog:
             self.board = None
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line, whole or not at all: after a failure (a full disk) the file is as it was."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError:
+        if path.exists():
+            os.truncate(path, before)
+        raise
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log. One that was cut, or that two processes wrote at once, is left out and said."""
+    lines, bad = [], []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            lines.append(line) if isinstance(line["step"], int) else bad.append(number)
+        except (ValueError, TypeError, KeyError):
+            bad.append(number)
+    if bad:
+        say(f"{path}: {len(bad)} damaged lines are left out, the first is line {bad[0]}")
+    return lines
+
+
 def trim_log(path: Path, step: int) -> None:
-    """Drop lines written after the state that a run resumes from, and a last line cut short."""
+    """Drop lines written after the state that a run resumes from, and damaged ones."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def short(value):

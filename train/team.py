@@ -14,6 +14,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gmflow_core.cli import open_device
+
+from .console import say
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, rank on this machine, size) as torchrun's environment says; (0, 0, 1) without it.
+
+    A ``WORLD_SIZE`` alone, which some shell or scheduler left, makes no team: nobody else would come.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    try:
+        if "RANK" in os.environ:
+            return int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0)), int(size)
+    except ValueError:
+        raise ValueError(f"WORLD_SIZE={size}, RANK={os.environ['RANK']} in the environment are no numbers; "
+                         "torchrun sets them, else unset them") from None
+    if size != "1":
+        say(f"WORLD_SIZE={size} is set without RANK: not torchrun's, ignored")
+    return 0, 0, 1
+
 
 @dataclass(frozen=True)
 class Team:
@@ -26,10 +47,10 @@ class Team:
     @classmethod
     def join(cls, device: str | None) -> Team:
         """The team that torchrun's environment names, on the device asked for: by default CUDA where there is one."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        _, local, size = launched()
         if size == 1:
-            return cls(torch.device(device))
+            return cls(open_device(device))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda":
             if local >= torch.cuda.device_count():
                 raise ValueError(f"process {local} of this machine has no GPU of its own, "

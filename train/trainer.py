@@ -15,10 +15,13 @@ from torch import nn
 
 from gmflow_core import save_checkpoint
 from gmflow_core.files import not_written, remove_remains, write_atomically
+from gmflow_core.pickles import torch_says
 
 from .config import PATHS, TrainConfig, changes
 from .console import attempt, say
 from .data.open import open_data
+from .folder import keep_snapshot
+from .holdout import held_out_figures, split
 from .initialise import initialise
 from .runlog import LOG, RunLog
 from .saving import Background, HostCopies
@@ -58,7 +61,8 @@ class Trainer:
         if config.batch_size % pieces:
             raise ValueError(f"batch_size {config.batch_size} does not split into {pieces} equal pieces: "
                              f"{self.team.size} processes, accumulate={config.accumulate}")
-        self.data, config = open_data(config)
+        data, config = open_data(config)
+        self.data, self.held_out = split(data, config)
         self.config = config
         prepare(device, config.tf32)
         self.nets = build(config, device)
@@ -66,15 +70,17 @@ class Trainer:
         if config.init_from is not None and not resumed:
             initialise(self.nets, config, config.init_from)
         self.ema = copy.deepcopy(self.nets).requires_grad_(False)
+        self.averages = {decay: copy.deepcopy(self.ema) for decay in config.ema_decays}  # beside ema
         self.shared_out = config.parallel == "fsdp" and self.team.size > 1
         if self.shared_out:
-            for nets in (self.nets, self.ema):
+            for nets in (self.nets, self.ema, *self.averages.values()):
                 self.team.share_out(nets)
         else:
             self.nets.to(device)
-            self.ema.to(device if config.ema_device == "same" else "cpu")
+            for ema in (self.ema, *self.averages.values()):
+                ema.to(device if config.ema_device == "same" else "cpu")
         self.optimizer = make_optimizer(config, self.nets, device)
-        self.step, self.seconds, self.smooth_loss = 0, 0.0, None
+        self.step, self.images, self.seconds, self.smooth_loss = 0, 0, 0.0, None
         self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite
         self.inputs = Ahead(lambda step: step_inputs(self.config, self.data, step, self.team.part(config.batch_size)))
         self.copies, self.writer = HostCopies(device), Background()
@@ -82,11 +88,13 @@ class Trainer:
         self.run_log = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in (STATE, CHECKPOINT) if self.team.first else ():
-                remove_remains(folder / name)
+            if self.team.first:
+                remove_remains(folder)
             self.run_log = RunLog(folder, max(config.log_every, config.steps // 20), config.tensorboard)
             if resumed:
                 self._resume()
+            elif self.team.first:
+                self._begin()
         self.team.agree({"step": self.step, **self._data()},
                         "all machines need the same --out, on storage that they share, and the same data")
         if config.checkpoint_activations:
@@ -113,7 +121,7 @@ class Trainer:
             loss.append(terms["loss"].detach())
             sums = {name: sums.get(name, 0) + value for name, value in tally(terms).items()}
         numbers = figures(self.team.sum(sums))
-        limit = config.clip_norm if self.step >= config.clip_from else float("inf")
+        limit = config.clip_norm if config.clip_norm and self.step >= config.clip_from else float("inf")
         # Each network by itself: neither loss reaches the other's weights, so neither should scale its steps.
         norms = {name: whole(nn.utils.clip_grad_norm_(net.parameters(), limit)).item()
                  for name, net in self.nets.items()}
@@ -123,8 +131,9 @@ class Trainer:
         lr = learning_rate(config, self.step)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        update_ema(self.ema, self.nets, config.ema_decay, self.step)
-        self.step, self.skipped_in_a_row = self.step + 1, 0
+        for decay, ema in {config.ema_decay: self.ema, **self.averages}.items():
+            update_ema(ema, self.nets, decay, self.step)
+        self.step, self.images, self.skipped_in_a_row = self.step + 1, self.images + config.batch_size, 0
         self.seconds += time.perf_counter() - start
         previous = numbers["loss"] if self.smooth_loss is None else self.smooth_loss
         self.smooth_loss = 0.98 * previous + 0.02 * numbers["loss"]
@@ -158,7 +167,7 @@ class Trainer:
                 "the last save is as it was. Try a lower lr or clip_norm, or precision=float32, with another --out"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.step, self.images = self.step + 1, self.images + self.config.batch_size
         return {"step": self.step, "loss": mean, "grad_norm": norms["model"], "skipped": self.skipped}
 
     # ---- files ---------------------------------------------------------------------------------
@@ -189,15 +198,24 @@ class Trainer:
         """All that a run needs to go on."""
         return {
             "config": self.config.to_dict(), "data": self._data(), "step": self.step,
-            "skipped": [self.skipped, self.skipped_in_a_row],
+            "skipped": [self.skipped, self.skipped_in_a_row], "images": self.images,
+            "averages": {f"{decay:g}": ema.state_dict() for decay, ema in self.averages.items()},
             "seconds": self.seconds, "smooth_loss": self.smooth_loss, "history": self.run_log.history,
             "nets": self.nets.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
         }
 
     def _write(self, state: dict, summary: dict) -> None:
-        """``state.pt``, and from the same copies the EMA weights as one file that the loader reads."""
+        """``state.pt``, and from the same copies the EMA weights as one file that the loader reads, also numbered."""
         write_atomically(self.folder / STATE, lambda path: _save(state, path))
-        ema, path = networks_of(self.config, torch.device("cpu"), state["ema"]), self.folder / CHECKPOINT
+        self._write_average(state["ema"], self.folder / CHECKPOINT, summary)
+        for decay, ema in state["averages"].items():
+            path = self.folder / f"checkpoint-ema-{decay}.safetensors"
+            self._write_average(ema, path, summary | {"ema_decay": float(decay)})
+        if self.config.keep:
+            keep_snapshot(self.folder / CHECKPOINT, state["step"], self.config.keep)
+
+    def _write_average(self, weights: dict, path: Path, summary: dict) -> None:
+        ema = networks_of(self.config, torch.device("cpu"), weights)
         spectrum = ema["spectrum"] if "spectrum" in ema else None
         try:
             save_checkpoint(
@@ -218,7 +236,7 @@ class Trainer:
         """What the checkpoint remembers of its training."""
         config, sources = self.config.to_dict(), self.data.sources
         return {
-            "step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1),
+            "step": self.step, "images": self.images, "seconds": round(self.seconds, 1),
             "skipped": self.skipped, "processes": self.team.size, "device": self.device.type,
             "torch": torch.__version__, "log": list(self.run_log.history) if self.run_log else [],
             "init_from": config["init_from"] and Path(config["init_from"]).name,
@@ -231,12 +249,21 @@ class Trainer:
         names = self.data.class_names
         return {"classes": names and list(names), "samples": len(self.data)}
 
+    def _begin(self) -> None:
+        """At step 0, in a folder without a state. ValueError if it holds a checkpoint, which a save would replace."""
+        if (self.folder / CHECKPOINT).exists():
+            raise ValueError(f"{self.folder} holds {CHECKPOINT} but no {STATE} to go on from, and a new run would "
+                             "replace it; choose another --out, or --fresh, which moves it aside, or --overwrite")
+        self.run_log.resume(-1, [])  # the lines of a run that was killed before its first save
+
     def _resume(self) -> None:
         state = _load(self.folder / STATE)
-        changed = changes(state["config"], self.config.to_dict())
-        if changed:
-            raise ValueError(f"{self.folder} holds a run of another configuration ({'; '.join(changed)}); "
-                             "choose another --out")
+        refused, changed = changes(state["config"], self.config.to_dict())
+        if refused:
+            raise ValueError(f"{self.folder} holds a run of another configuration ({'; '.join(refused)}); "
+                             "choose another --out, or --fresh to begin again")
+        if changed and self.team.first:
+            say(f"the run goes on with other settings than it began with: {'; '.join(changed)}")
         before, now = state["data"], self._data()
         if before["classes"] != now["classes"]:
             raise ValueError(f"{self.folder} holds a run of other classes ({before['classes']} there, "
@@ -244,23 +271,41 @@ class Trainer:
         if before["samples"] != now["samples"]:
             say(f"the data has {now['samples']} samples now, {before['samples']} when the run was saved; "
                 "going on with them")
-        self._fill(state["nets"], state["ema"], state["optimizer"])
+        self._fill(state)
         self.step, self.seconds, self.smooth_loss = state["step"], state["seconds"], state["smooth_loss"]
+        self.images = state.get("images", state["step"] * state["config"]["batch_size"])
         self.skipped, self.skipped_in_a_row = state["skipped"]
         if self.team.first:
             self.run_log.resume(self.step, state["history"])
 
-    def _fill(self, nets: dict, ema: dict, optimizer: dict) -> None:
+    def _fill(self, state: dict) -> None:
         """Weights and AdamW's moments, of which every member takes its share if they are shared out."""
-        for own, saved in ((self.nets, nets), (self.ema, ema)):
+        pairs = [(self.nets, state["nets"]), (self.ema, state["ema"])]
+        for decay, ema in self.averages.items():
+            saved = state.get("averages", {}).get(f"{decay:g}")
+            if saved is None and self.team.first:
+                say(f"the run had no average of decay {decay:g} so far: it starts as that of {self.config.ema_decay:g}")
+            pairs.append((ema, saved or state["ema"]))
+        for own, saved in pairs:
             like = own.state_dict()
             own.load_state_dict({name: share_of(value, like[name]) for name, value in saved.items()})
+        optimizer = state["optimizer"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {
             i: {name: share_of(v, parameters[i]) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
             for i, values in optimizer["state"].items()
         }
         self.optimizer.load_state_dict(optimizer | {"state": moments})
+
+    def held_out_figures(self) -> dict[str, float]:
+        """Loss and NLL of the moving average on what is held out; of a team all must ask, and the first gets them."""
+        ema = self.average()
+        if self.held_out is None or ema is None:
+            return {}
+        home = next(ema.parameters()).device
+        found = held_out_figures(ema.to(self.device), self.config, self.held_out, self.device)
+        ema.to(home)
+        return found
 
     def log(self, numbers: dict) -> None:
         """One line in the log."""
@@ -289,5 +334,5 @@ def _load(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch documents no list of what a damaged file raises
-        raise ValueError(f"{path}: damaged ({' '.join(str(error).split())[:200]}); delete it to start again, "
+        raise ValueError(f"{path}: damaged ({torch_says(error)}); --fresh begins again, "
                          "or choose another --out") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,9 @@ from gmflow_core.model import LatentSpace
 
 from ..console import say
 from .dataset import Dataset
+from .decode import MODES, decode, is_image, suffixes, to_unit
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}  # of a data set
 CACHE_BYTES = 2_000_000_000
 SOURCES = "sources.json"  # beside the class folders: where the images come from, for the checkpoint
 
@@ -44,8 +45,9 @@ def find_images(folder: str | Path | None) -> ImageList:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{folder}: {what}; the data must be a folder with a subfolder of images for each class")
-    loose = sorted(p for p in folder.iterdir() if _is_image(p))
+    loose = sorted(p for p in folder.iterdir() if is_image(p))
     classes = {p.name: images_below(p) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    check_parts(folder, {name: found for name, found in classes.items() if found})
     empty = [name for name, found in classes.items() if not found]
     classes = {name: found for name, found in classes.items() if found}
     if classes and loose:
@@ -56,7 +58,8 @@ def find_images(folder: str | Path | None) -> ImageList:
     if not classes and loose:
         classes = {folder.resolve().name: loose}
     if not classes:
-        raise ValueError(f"{folder}: no images in it; expected {folder / 'CLASS' / 'NAME.png'} ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder}: no images in it; expected {folder / 'CLASS' / 'NAME.png'}, "
+                         f"or {', '.join(sorted(suffixes()))}")
     counts = torch.tensor([len(found) for found in classes.values()])
     return ImageList(
         folder, [path for found in classes.values() for path in found],
@@ -78,42 +81,46 @@ def read_sources(folder: Path) -> dict | None:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The images in a folder and its subfolders, sorted; names that begin with a dot are left out."""
-    found = []
-    for root, folders, names in os.walk(folder):
+    """The images in a folder and its subfolders, linked ones too, sorted; names that begin with a dot are left out."""
+    found, seen = [], {folder.resolve()}
+    for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for path in (Path(root, name) for name in names) if _is_image(path)]
+        for name in [name for name in folders if Path(root, name).is_symlink()]:
+            place = Path(root, name).resolve()
+            if place in seen or any(place == Path(parent).resolve() for parent in (folder, *Path(root).parents)):
+                say(f"{Path(root, name)}: a link to a folder that is read already, left out")
+                folders.remove(name)
+            seen.add(place)
+        found += [path for path in (Path(root, name) for name in names) if is_image(path)]
     return sorted(found)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def check_parts(folder: Path, classes: dict[str, list[Path]]) -> None:
+    """ValueError if the class folders are the parts of a data set, each with the classes inside."""
+    inside = [any(path.parent != folder / name for path in found) for name, found in classes.items()]
+    if classes and all(name.lower() in PARTS for name in classes) and all(inside):
+        names = " and ".join(classes)
+        raise ValueError(f"{folder}: {names} are parts of a data set and no classes: name one, "
+                         f"{folder / next(iter(classes))}")
 
 
-def decode(path: Path, size: int, channels: int = 3) -> Tensor:
-    """An image file, upright, its centre square at a size, as ADM and DiT cut it: (C,size,size) uint8.
+def fingerprint(images: ImageList) -> str:
+    """Of names, classes and contents of all images in their order: sizes, and the first and last 4 kB of each file.
 
-    Halved by boxes while at least twice too large, then bicubic to the shorter side, then the centre.
+    A picture that was replaced by another one of its name has another fingerprint; a copy of the folder has the same.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        if image.mode.startswith("I;16"):  # Pillow would cut off what lies above 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert(MODES[channels])
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
+    total = hashlib.sha256()
+    for path in images.paths:
+        total.update(os.fsencode(path.relative_to(images.folder).as_posix()) + b"\0")
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                total.update(f"{size} ".encode() + file.read(4096))
+                file.seek(max(0, size - 4096))
+                total.update(file.read(4096))
+        except OSError as error:
+            total.update(str(error.errno).encode())
+    return total.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +136,7 @@ class ImageFolder(Dataset):
     flip: bool = True
     workers: int = 2
     broken: set[int] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)    # of the notes on decoded images
     cache: dict[int, Tensor] | None = None         # decoded images by index, where they all fit
     sources: dict | None = None
 
@@ -178,13 +186,26 @@ class ImageFolder(Dataset):
                 if i not in self.broken:
                     self.broken.add(i)
                     say(f"{self.images.paths[i]}: cannot be read, left out ({type(error).__name__}: {error})")
+                    self._mourn(self.images.labels[i])
         raise ValueError(f"{self.images.folder}: none of its {len(self)} images can be read")
+
+    def _mourn(self, label: Tensor) -> None:
+        """Say so if no image of a class is left."""
+        of_class = (self.images.labels == label).nonzero()[:, 0].tolist()
+        if self.broken.issuperset(of_class):
+            say(f"{self.images.folder}: none of the {len(of_class)} images of the class {self.images.classes[label]} "
+                "can be read: it is not trained")
 
     def pixels(self, index: int) -> Tensor:
         """One image (C,S,S) uint8, from memory if it is there."""
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        pixels = decode(self.images.paths[index], self.shape[1], self.shape[0])
+        def note(words: str) -> None:
+            if words not in self.said:
+                self.said.add(words)
+                say(f"{self.images.paths[index]}: {words}, here and in all that follow")
+
+        pixels = decode(self.images.paths[index], self.shape[1], self.shape[0], note)
         if self.cache is not None:
             self.cache[index] = pixels
         return pixels
