@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from .files import one_line
 from .guidance import PUBLISHED_SCALE
 from .hints import hint, small_picture
 from .noise import ImageNoise
+from .pictures import read_picture
 from .sampler import SamplerOptions, sample
 from .schedule import flow_sigmas
 
@@ -125,20 +125,6 @@ def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 # ---- pictures as evidence ----------------------------------------------------------------------
 
-def read_picture(path: Path, option: str) -> tuple[Tensor, Tensor]:
-    """A picture (1,3,H,W) in [-1, 1] and its alpha (1,1,H,W) in [0, 1]. UsageError for what is none."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
-    except (OSError, UnidentifiedImageError) as error:
-        raise UsageError(f"{option} {path}: cannot be read as a picture ({error})") from None
-    rgba = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return 2 * rgba[:, :3] - 1, rgba[:, 3:]
-
-
 def read_evidence(args, checkpoint: Checkpoint) -> Conditioned | None:
     """What --hint, --grey and --small say; None if nothing was given. UsageError for pictures that do not suit the model."""
     files = {name: getattr(args, name) for name in ("hint", "grey", "small")}
@@ -151,9 +137,13 @@ def read_evidence(args, checkpoint: Checkpoint) -> Conditioned | None:
     for name, path in files.items():
         if path is None:
             continue
-        picture, alpha = read_picture(path, f"--{name}")
+        try:
+            picture, alpha = read_picture(path)
+        except OSError as error:
+            raise UsageError(f"--{name} {path}: cannot be read as a picture ({error})") from None
         if name != "small" and tuple(picture.shape[-2:]) != size:
-            raise UsageError(f"--{name} {path}: {picture.shape[-1]} x {picture.shape[-2]} pixels; this model makes {size[1]} x {size[0]}")
+            width, height = picture.shape[-1], picture.shape[-2]
+            raise UsageError(f"--{name} {path}: {width} x {height} pixels; this model makes {size[1]} x {size[0]}")
         try:
             if name == "small":
                 part = small_picture(picture, size, args.small_std)

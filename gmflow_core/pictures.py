@@ -22,6 +22,17 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
 
+def read_picture(path) -> tuple[Tensor, Tensor]:
+    """A picture file (1,3,H,W) in [-1, 1] and its alpha (1,1,H,W) in [0, 1]. OSError for what is none."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+    rgba = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return 2 * rgba[:, :3] - 1, rgba[:, 3:]
+
+
 def heat(values: Tensor, low: float, high: float) -> Tensor:
     """Map (..., H, W) values to viridis, as images (..., 3, H, W) in [-1,1]."""
     stops = torch.tensor([[int(c[i : i + 2], 16) for i in (0, 2, 4)] for c in _VIRIDIS], dtype=torch.float32)
