@@ -246,7 +246,7 @@ class GMFlowKSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order,
-                orthogonal, shift, negative=None, final_step=0.0) -> io.NodeOutput:
+                orthogonal, shift, negative=None, final_step=0.0, tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
         sigmas = sigmas_of(model, steps, shift, denoise, final_step)
         guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
         sampler = host.make_sampler(SamplerOptions(
