@@ -1,7 +1,7 @@
 r"""Pictures as evidence about the images of an RGB model, whose x_0 is [-1, 1].
 
-Shapes: B batch, H W space. Pictures are (B,3,H,W) in [-1, 1], masks (B,1,H,W) in [0, 1]: grey values of a mask scale the
-precision. ``std`` is how far, in units of x_0, the picture may be off.
+Shapes: B batch, H W space. Pictures are (B,3,H,W) in [-1, 1], masks (B,1,H,W) in [0, 1]: grey values of a mask scale
+the precision. ``std`` is how far, in units of x_0, the picture may be off.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def hint(picture: Tensor, mask: Tensor, kind: str, std: float) -> Evidence:
 
 
 def hue(picture: Tensor, precision: Tensor) -> Evidence:
-    r"""Of any brightness, on the line from black through the picture's colour: Lambda = precision (I - c c^T), centred on
-    black, c the unit colour. Pixels where the picture has no colour say nothing; ValueError if none has."""
+    r"""Of any brightness, on the line from black through the picture's colour: Lambda = precision (I - c c^T), centred
+    on black, c the unit colour. Pixels where the picture has no colour say nothing; ValueError if none has."""
     rgb = (picture.clamp(-1, 1) + 1) / 2
     coloured = rgb.amax(1, keepdim=True) - rgb.amin(1, keepdim=True) >= COLOURLESS                # (B,1,H,W)
     precision = precision * coloured
     if not bool((precision > 0).any()):
-        raise ValueError("image: what is painted has no colour: for black, grey and white use kind colour or brightness")
+        raise ValueError("image: what is painted has no colour: for black, "
+                         "grey and white use kind colour or brightness")
     grey = torch.full_like(rgb, 3**-0.5)
     along = torch.where(coloured, rgb / rgb.norm(dim=1, keepdim=True).clamp(min=COLOURLESS), grey)
     black = torch.full_like(along, -1.0)
@@ -57,16 +58,18 @@ def small_picture(picture: Tensor, size: tuple[int, int], std: float) -> Evidenc
     height, width = picture.shape[-2:]
     block = size[0] // height
     if block < 1 or (block * height, block * width) != tuple(size):
-        raise ValueError(f"image: {width} x {height} pixels (width x height) are no small picture of {size[1]} x {size[0]}: the "
-                         "model's size must be a whole multiple of it, the same along both sides")
+        raise ValueError(f"image: {width} x {height} pixels (width x height) are no small picture of {size[1]} x "
+                         f"{size[0]}: the model's size must be a whole multiple of it, the same along both sides")
     return BlockEvidence(picture, block, std)
 
 
 def in_colour(centre: Tensor, size: tuple[int, int], std: float, what: str) -> Evidence:
-    """Hue evidence of one colour (3,) in [-1, 1] at all pixels of an image. ValueError, naming ``what``, for one without."""
+    """Hue evidence of one colour (3,) in [-1, 1] at all pixels of an image.
+    ValueError, naming ``what``, for one without."""
     rgb = (centre.clamp(-1, 1) + 1) / 2
     if float(rgb.max() - rgb.min()) < COLOURLESS:
         values = ", ".join(f"{v:.2f}" for v in rgb.tolist())
-        raise ValueError(f"{what} has no colour that could be asked for: its centre is ({values}) of 0 to 1; choose another one")
+        raise ValueError(f"{what} has no colour that could be asked for: "
+                         f"its centre is ({values}) of 0 to 1; choose another one")
     picture = centre.reshape(1, 3, 1, 1).expand(1, 3, *size)
     return hint(picture, torch.ones_like(picture[:, :1]), "hue", std)

@@ -96,7 +96,7 @@ def sheet(cells: Sequence[Sequence], row_titles: Sequence[str], column_titles: S
             y += h + pad
         x += w + pad
     y = top
-    for label, h in zip(row_titles, heights, strict=False):  # there may be no titles
+    for label, h in zip(row_titles, heights, strict=False):
         draw.text((pad, y + h / 2), label, TEXT, small, anchor="lm")
         y += h + pad
     y = top + sum(heights) + pad * len(heights)

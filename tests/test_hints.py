@@ -1,6 +1,7 @@
 """Pictures as evidence: what each kind says of a pixel, on the command line too."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ ONE = torch.ones(1, 1, 2, 2)
 def test_each_kind_knows_what_it_says_and_no_more():
     """Differences of log likelihoods, by hand: -(distance)^2 / 2 std^2."""
     x = torch.tensor([0.2, -0.5, -0.9])
-    at = {kind: (lambda p, e=hint(picture(RED), ONE, kind, 0.5): log_likelihood(e, p)) for kind in KINDS}
+    at = {kind: partial(log_likelihood, hint(picture(RED), ONE, kind, 0.5)) for kind in KINDS}
     black, dark_red = -torch.ones(3), torch.tensor([-0.4, -1.0, -1.0])
     assert at["colour"](RED) - at["colour"](x) == pytest.approx(2 * float((x - RED).square().sum()), rel=1e-4)
     assert at["brightness"](RED) - at["brightness"](x) == pytest.approx(2 * float(x.mean() - RED.mean()) ** 2, rel=1e-3)
@@ -50,11 +51,13 @@ def test_pixels_without_colour_have_no_hue():
     image = picture(RED).clone()
     image[..., 1, 1] = 0.3
     factor = hue(image, torch.ones(1, 1, 2, 2)).factor(None)
-    assert factor.matrix()[..., 1, 1].abs().max() < 1e-6 and factor.matrix()[..., 0, 0].diagonal(dim1=1, dim2=2).sum() > 1.9
+    assert factor.matrix()[..., 1, 1].abs().max() < 1e-6
+    assert factor.matrix()[..., 0, 0].diagonal(dim1=1, dim2=2).sum() > 1.9
 
 
 def test_one_colour_for_a_whole_image_is_its_hue():
-    got, expected = in_colour(0.4 * RED - 0.6, (2, 2), 0.5, "it").factor(None), hint(picture(RED), ONE, "hue", 0.5).factor(None)
+    got, expected = (in_colour(0.4 * RED - 0.6, (2, 2), 0.5, "it").factor(None),
+                     hint(picture(RED), ONE, "hue", 0.5).factor(None))
     torch.testing.assert_close(got.matrix(), expected.matrix())
 
 
@@ -66,7 +69,8 @@ def test_one_colour_for_a_whole_image_is_its_hue():
     (lambda: hint(picture(torch.zeros(3)), ONE, "hue", 0.5), "has no colour"),
     (lambda: small_picture(picture(RED), (5, 4), 0.1), "2 x 2 pixels"),
     (lambda: small_picture(picture(RED), (4, 8), 0.1), "the same along both sides"),
-    (lambda: in_colour(torch.full((3,), 0.2), (2, 2), 0.5, "hypothesis 3"), r"hypothesis 3 has no colour.*\(0.60, 0.60, 0.60\)"),
+    (lambda: in_colour(torch.full((3,), 0.2), (2, 2), 0.5, "hypothesis 3"),
+     r"hypothesis 3 has no colour.*\(0.60, 0.60, 0.60\)"),
 ])
 def test_bad_hints_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
@@ -88,8 +92,10 @@ def test_a_hint_on_the_command_line_is_kept(checkpoint, tmp_path, capsys):  # no
     """Where its alpha says so, x first; the other pixels change too, unless nothing propagates."""
     file = paint(tmp_path / "hint.png", (8, 8), {(5, 2): (255, 0, 255, 255)})
     seen = {}
-    for name, options in {"none": [], "hint": ["--hint", file], "alone": ["--hint", file, "--no-propagate", "--hint-std", 0.001]}.items():
-        code, _, err = run(capsys, "sample", checkpoint, "--labels", "0,1", "--steps", 4, "--latents", "--out", tmp_path / name, *options)
+    for name, options in {"none": [], "hint": ["--hint", file],
+                          "alone": ["--hint", file, "--no-propagate", "--hint-std", 0.001]}.items():
+        code, _, err = run(capsys, "sample", checkpoint, "--labels", "0,1", "--steps", 4, "--latents", "--out",
+                           tmp_path / name, *options)
         assert code == 0, err
         seen[name] = load_file(tmp_path / name / "samples.safetensors")["samples"]
     wanted = torch.tensor([1.0, -1.0, 1.0])
@@ -100,13 +106,17 @@ def test_a_hint_on_the_command_line_is_kept(checkpoint, tmp_path, capsys):  # no
 def test_grey_and_small_pictures_on_the_command_line(checkpoint, tmp_path, capsys):  # noqa: F811
     grey = paint(tmp_path / "grey.png", (8, 8), {}, (204, 204, 204, 255))
     small = paint(tmp_path / "small.png", (2, 2), {(0, 0): (255, 255, 255, 255)}, (102, 102, 102, 255))
-    code, _, err = run(capsys, "sample", checkpoint, "--count", 2, "--steps", 4, "--latents", "--out", tmp_path / "g", "--grey", grey)
+    code, _, err = run(capsys, "sample", checkpoint, "--count", 2, "--steps", 4, "--latents", "--out", tmp_path / "g",
+                       "--grey", grey)
     assert code == 0, err
     x = load_file(tmp_path / "g/samples.safetensors")["samples"]
     assert (x.mean(1) - 0.6).abs().max() < 0.2
-    code, _, err = run(capsys, "sample", checkpoint, "--count", 2, "--steps", 4, "--latents", "--out", tmp_path / "s", "--small", small)
+    code, _, err = run(capsys, "sample", checkpoint, "--count", 2, "--steps", 4, "--latents", "--out", tmp_path / "s",
+                       "--small", small)
     assert code == 0, err
-    blocks = load_file(tmp_path / "s/samples.safetensors")["samples"].unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean((3, 5))
+    blocks = load_file(tmp_path / "s/samples.safetensors")["samples"].unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean(
+        (3, 5)
+    )
     assert (blocks[..., 0, 0] - 1).abs().max() < 0.1 and (blocks[..., 1, :] + 0.2).abs().max() < 0.1
 
 
@@ -123,7 +133,8 @@ def test_pictures_that_do_not_suit_are_one_line(checkpoint, tmp_path, capsys, op
 
 def test_files_and_models_that_have_no_picture_are_one_line(checkpoint, points, tmp_path, capsys):  # noqa: F811
     (tmp_path / "x.png").write_text("no picture")
-    code, _, err = run(capsys, "sample", checkpoint, "--labels", "0", "--out", tmp_path / "o", "--grey", tmp_path / "x.png")
+    code, _, err = run(capsys, "sample", checkpoint, "--labels", "0", "--out", tmp_path / "o", "--grey",
+                       tmp_path / "x.png")
     assert code == 2 and "cannot be read as a picture" in err and err.count("\n") == 1
     code, _, err = run(capsys, "sample", points, "--count", "2", "--out", tmp_path / "o", "--hint", tmp_path / "x.png")
     assert code == 2 and "this model makes none" in err and err.count("\n") == 1

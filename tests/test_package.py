@@ -30,6 +30,8 @@ BROUGHT = {
     "torch", "safetensors", "numpy", "PIL", "tqdm", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "nodes",
 }
 
+LARGEST = 9e6  # bytes of the archive
+
 
 def shipped() -> list[str]:
     try:
@@ -48,9 +50,29 @@ def test_everything_that_a_user_needs_is_there_and_nothing_else():
                    "workflows/quickstart.jpg", "workflows/api/quickstart.json"):
         assert needed in names
     folders = {name.split("/")[0] for name in names if "/" in name}
-    assert folders == {"gmflow_core", "nodes", "models", "web", "locales", "workflows"}
+    assert folders == {"gmflow_core", "nodes", "models", "web", "locales", "workflows", "docs"}
     assert not [name for name in names if name.startswith("workflows/") and name.endswith(".py")]
-    assert sum((ROOT / name).stat().st_size for name in names) < 16e6
+
+
+def test_the_pictures_of_the_readme_are_there_and_no_others_of_docs():
+    """The registry shows README from the package."""
+    linked = set(re.findall(r"\((docs/[^)\s]+\.(?:png|gif|jpg|svg|webp))\)", (ROOT / "README.md").read_text()))
+    assert linked == {name for name in shipped() if name.startswith("docs/")} and linked
+
+
+def test_the_archive_is_small(tmp_path):
+    """What everybody downloads, compressed as the registry's package is."""
+    with zipfile.ZipFile(tmp_path / "node.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in shipped():
+            archive.write(ROOT / name, name)
+    assert (tmp_path / "node.zip").stat().st_size < LARGEST
+
+
+def test_what_comes_from_elsewhere_is_named():
+    notice = (ROOT / "NOTICE").read_text()
+    assert "nodes/imagenet_classes.txt" in notice and "BSD 3-Clause" in notice and "NOTICE" in shipped()
+    names = (ROOT / "nodes" / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    assert len(names) == 1000 and (names[0], names[134], names[639]) == ("tench", "crane bird", "maillot tank suit")
 
 
 @pytest.mark.skipif(shutil.which("comfy") is None, reason="needs comfy-cli")
@@ -110,3 +132,49 @@ def test_metadata():
     assert comfy["PublisherId"] and comfy["DisplayName"] and comfy["requires-comfyui"] == ">=0.3.64"
     assert (ROOT / comfy["Icon"]).is_file()
     assert any(c.startswith("License ::") for c in project["classifiers"])
+
+
+# ---- installed as a package -------------------------------------------------------------------
+
+HELP = """
+import runpy, sys
+import gmflow_core, train
+print(gmflow_core.__file__, train.__file__)
+for name in sys.argv[1:]:
+    sys.argv[:] = [name, "--help"]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print(name, "ended with", end.code)
+"""
+
+
+def commands() -> list[str]:
+    """Every module that ``python -m`` runs, of what an installation brings."""
+    found = []
+    for folder in ("gmflow_core", "train"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
+                found.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
+    return found
+
+
+def test_an_installation_runs_every_command(tmp_path):
+    """Not an editable one: a package that pyproject does not list is missing only there."""
+    source, target = tmp_path / "source", tmp_path / "installed"
+    for name in subprocess.run(["git", "ls-files", "gmflow_core", "train", "pyproject.toml", "README.md", "LICENSE"],
+                               cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    done = subprocess.run([sys.executable, "-m", *install, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = commands()
+    assert {"gmflow_core", "train", "train.encode", "train.evaluate", "train.report", "train.reproduce"} <= set(names)
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", HELP, *names], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].count(str(target)) == 2
+    for name in names:
+        assert f"{name} ended with 0" in done.stdout.splitlines(), done.stdout + done.stderr

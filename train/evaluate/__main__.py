@@ -247,7 +247,8 @@ def save_shown(out: Path, row: dict, images: Tensor) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("``")[0],
-                                     epilog="Of evidence (hints, grey and small pictures): --evidence TASK ..., see --evidence half --help")
+                                     epilog="Of evidence (hints, grey and small pictures): --evidence TASK ..., "
+                                            "see --evidence half --help")
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--data", required=True,
                         help="real images: digits, a folder with a subfolder for each class, or ADM's .npz")

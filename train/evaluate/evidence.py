@@ -1,4 +1,5 @@
-r"""What evidence does to digits, beside other ways to use it: ``python -m train.evaluate CHECKPOINT --evidence half hint grey``
+r"""What evidence does to digits, beside other ways to use it:
+``python -m train.evaluate CHECKPOINT --evidence half hint grey``
 
 Real digits in random inks are hidden but for what a task shows of them; labels are known. Rows are added to
 OUT/evidence.json as they are made: run again to go on, or with other tasks, methods or settings to add theirs.
@@ -45,17 +46,22 @@ class Judge:
         self.reference = measure_reference(DigitImages(), self.features, 50_000)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """read: the SVM reads the label. one_ink: of inked pixels, the share in their image's own ink. precision, recall:
-        of features, against every real digit in every ink, k = 3."""
+        """read: the SVM reads the label. one_ink: of inked pixels, the share in their image's own ink. precision,
+        recall: of features, against every real digit in every ink, k = 3."""
         read = torch.from_numpy(self.svm.predict(grey8(images).numpy())) == labels
-        precision, recall = precision_recall(self.reference.features, self.reference.radius, self.features(quantise(images)))
-        return {"read": read.float().mean().item(), "one_ink": hue_figures(images)["one_ink"], "precision": precision, "recall": recall}
+        precision, recall = precision_recall(self.reference.features, self.reference.radius,
+                                             self.features(quantise(images)))
+        return {"read": read.float().mean().item(), "one_ink": hue_figures(images)["one_ink"], "precision": precision,
+                "recall": recall}
 
 
-def run_task(name: str, method: str, checkpoint, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[Tensor, dict[str, float]]:
+def run_task(name: str, method: str, checkpoint, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[
+    Tensor, dict[str, float],
+]:
     """All images of a row, and how they fit what was seen (rmse), what was hidden (hidden), and the true ink (ink).
 
-    Where a task shows no pixel's whole colour, ``hidden`` is over all pixels; of grey pictures, one ink of three is right.
+    Where a task shows no pixel's whole colour, ``hidden`` is over all pixels; of grey pictures, one ink of three is
+    right.
     """
     images, sums = [], torch.zeros(4)
     for i, part in enumerate(torch.arange(len(noise)).split(args.batch)):
@@ -64,7 +70,8 @@ def run_task(name: str, method: str, checkpoint, truth: Truth, noise: Tensor, ar
         x = METHODS[method](Problem(checkpoint, task, clean, truth.labels[part], noise[part], args.steps, guidance))
         misfit, error = (task.observe(x) - task.observe(clean)).square(), (x - clean).square()
         seen = misfit.numel() * (task.seen.mean() if bool(task.seen.any()) else 1.0)
-        sums += torch.stack([misfit.sum(), torch.as_tensor(seen), (error * (1 - task.seen)).sum(), 3 * (1 - task.seen).sum()])
+        sums += torch.stack([misfit.sum(), torch.as_tensor(seen), (error * (1 - task.seen)).sum(),
+                             3 * (1 - task.seen).sum()])
         images.append(x)
     x = torch.cat(images)
     inks = dominant_inks(x)
@@ -73,22 +80,27 @@ def run_task(name: str, method: str, checkpoint, truth: Truth, noise: Tensor, ar
     return x, {key: value.item() for key, value in figures.items()}
 
 
-def run_choice(method: str, checkpoint, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Every image again in the colour of one hypothesis of its first step, with ``args.choose_std``: images, labels, and how many
-    come out in that ink. Hypotheses are the inspector's, of the second on in turn; those without colour are left out."""
+def run_choice(method: str, checkpoint, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[
+    Tensor, Tensor, dict[str, float],
+]:
+    """Every image again in the colour of one hypothesis of its first step, with ``args.choose_std``: images, labels,
+    and how many come out in that ink. Hypotheses are the inspector's, of the second on in turn;
+    those without colour are left out."""
     images, labels, hits = [], [], []
     for part in torch.arange(len(noise)).split(args.batch):
         blank = Problem(checkpoint, None, noise[part], truth.labels[part], noise[part], args.steps, guidance)
         steps: list = []
-        blank.solve(blank.denoiser(), callback=lambda info, steps=steps: steps.append(info.posterior.isotropic()) if info.index == 0 else None)
-        for row, k in zip(range(len(part)), part.tolist()):
+        blank.solve(blank.denoiser(), callback=lambda info, steps=steps: steps.append(info.posterior.isotropic())
+                    if info.index == 0 else None)
+        for row, k in enumerate(part.tolist()):
             centre = regions(steps[0].map(lambda t, row=row: t[row : row + 1]), 8)[0, k % 8]
             try:
                 evidence = in_colour(centre, tuple(noise.shape[2:]), args.choose_std, "")
             except ValueError:
                 continue
             one = slice(k, k + 1)
-            problem = Problem(checkpoint, Task(evidence, None, None, None, None, args.choose_std), noise[one], truth.labels[one], noise[one], args.steps, guidance)
+            problem = Problem(checkpoint, Task(evidence, None, None, None, None, args.choose_std), noise[one],
+                              truth.labels[one], noise[one], args.steps, guidance)
             x = METHODS[method](problem)
             full = ((centre + 1) / 2).clamp(0, 1)
             wanted = dominant_inks((2 * full / full.max() - 1).reshape(1, 3, 1, 1))
@@ -115,9 +127,11 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     for guidance in args.guidance:
         for task in args.evidence:
             for method in args.methods:
-                facts = {"digest": subject.digest, "task": task, "method": method, "steps": args.steps, "guidance": guidance,
-                         "samples": args.samples, "seed": args.seed}
-                if any(facts.items() <= row.items() for row in rows) or (task == CHOOSE and method not in ("none", "tilt", "tilt + echo")):
+                facts = {"digest": subject.digest, "task": task, "method": method, "steps": args.steps,
+                         "guidance": guidance, "samples": args.samples, "seed": args.seed}
+                if any(facts.items() <= row.items() for row in rows) or (
+                    task == CHOOSE and method not in ("none", "tilt", "tilt + echo")
+                ):
                     continue
                 start = time.perf_counter()
                 if task == CHOOSE:
@@ -126,10 +140,13 @@ def sweep(args: argparse.Namespace) -> list[dict]:
                     images, figures = run_task(task, method, subject.checkpoint, truth, noise, args, guidance)
                     labels = truth.labels
                 calls = args.steps * CALLS.get(method, 1) * (2 if guidance else 1)
-                row = {**facts, "calls": calls, **figures, **judge(images, labels), "seconds": round(time.perf_counter() - start, 1)}
+                row = {**facts, "calls": calls, **figures, **judge(images, labels),
+                       "seconds": round(time.perf_counter() - start, 1)}
                 rows.append(row)
-                write_atomically(path, lambda file: file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8"))
-                name = f"{task} {method} {args.steps} steps guidance {guidance:g}.png".replace(" ", "_").replace(",", "").replace("'", "")
+                write_atomically(path,
+                                 lambda file: file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8"))
+                name = (f"{task} {method} {args.steps} steps guidance "
+                        f"{guidance:g}.png".replace(" ", "_").replace(",", "").replace("'", ""))
                 image_grid(images[:SHOWN], SHOWN, scale=3).save(args.out / name)
                 say(line(row))
     return rows
@@ -138,24 +155,29 @@ def sweep(args: argparse.Namespace) -> list[dict]:
 def line(row: dict) -> str:
     """A row of the table."""
     percent = lambda name: f"{100 * row[name]:.1f}"  # noqa: E731
-    cells = [row["task"], row["method"], f"{row['guidance']:g}", row["steps"], row["calls"], f"{row['rmse']:.3f}", percent("read"),
-             percent("one_ink"), percent("ink"), f"{row['precision']:.2f}", f"{row['recall']:.2f}", f"{row['hidden']:.3f}"]
+    cells = [row["task"], row["method"], f"{row['guidance']:g}", row["steps"], row["calls"], f"{row['rmse']:.3f}",
+             percent("read"), percent("one_ink"), percent("ink"), f"{row['precision']:.2f}", f"{row['recall']:.2f}",
+             f"{row['hidden']:.3f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def table(rows: list[dict]) -> str:
-    names = ["task", "method", "guidance", "steps", "calls", "rmse", "read", "one ink", "ink", "precision", "recall", "hidden"]
+    names = ["task", "method", "guidance", "steps", "calls", "rmse", "read", "one ink", "ink", "precision",
+             "recall", "hidden"]
     return "\n".join(["| " + " | ".join(names) + " |", "|" + " --- |" * len(names), *map(line, rows)]) + "\n"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("``")[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--evidence", nargs="+", required=True, metavar="TASK", choices=(*TASKS, CHOOSE), help=f"of {', '.join((*TASKS, CHOOSE))}")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", default=["none", "noise mask", "one Gaussian", "tilt", "tilt + echo"],
+    parser.add_argument("--evidence", nargs="+", required=True, metavar="TASK", choices=(*TASKS, CHOOSE),
+                        help=f"of {', '.join((*TASKS, CHOOSE))}")
+    parser.add_argument("--methods", nargs="+", metavar="NAME",
+                        default=["none", "noise mask", "one Gaussian", "tilt", "tilt + echo"],
                         choices=METHODS, help=f"of {', '.join(METHODS)} (default all but those with gradients)")
     parser.add_argument("--steps", type=int, default=8, help="network steps (default 8)")
-    parser.add_argument("--guidance", nargs="+", type=float, default=[0.3], metavar="W", help="probabilistic scales in [0, 1) (default 0.3)")
+    parser.add_argument("--guidance", nargs="+", type=float, default=[0.3], metavar="W",
+                        help="probabilistic scales in [0, 1) (default 0.3)")
     parser.add_argument("--samples", type=int, default=1000, help="digits, their classes in turn (default 1000)")
     parser.add_argument("--batch", type=int, default=125, help="digits at a time (default 125)")
     parser.add_argument("--choose-std", type=float, default=1.0, help="of a chosen hypothesis' hue (default 1)")

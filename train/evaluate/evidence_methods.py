@@ -1,12 +1,15 @@
-r"""Ways to use evidence, for comparison: ours, noise masks, one Gaussian, and two that need gradients through the network.
+r"""Ways to use evidence, for comparison: ours, noise masks, one Gaussian,
+and two that need gradients through the network.
 
-DPS: Chung et al. 2023; PiGDM: Song et al. 2023. All run GM-ODE 2 from the same noise. Shapes: B batch, C channels, H W space.
+DPS: Chung et al. 2023; PiGDM: Song et al. 2023. All run GM-ODE 2 from the same noise. Shapes: B batch, C channels, H W
+space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +103,8 @@ def one_gaussian(p: Problem) -> Tensor:
 def gaussian_of(mixture: Mixture) -> Mixture:
     """One component of equal mean and, per pixel, equal total variance."""
     moments = mixture.moments()
-    return GaussianMixture(moments.mean.unsqueeze(1), torch.zeros_like(moments.mean[:, None, :1]), 0.5 * moments.var.log().unsqueeze(1))
+    return GaussianMixture(moments.mean.unsqueeze(1), torch.zeros_like(moments.mean[:, None, :1]),
+                           0.5 * moments.var.log().unsqueeze(1))
 
 
 def with_gradient(p: Problem, bias_of: Callable[[Tensor, Mixture, float], Tensor]) -> Denoiser:
@@ -123,7 +127,7 @@ def dps(zeta: float) -> Callable[[Problem], Tensor]:
 
     def method(p: Problem) -> Tensor:
         grid = flow_sigmas(p.steps).tolist()
-        follows = {min(s, FIRST_SIGMA): (s, t) for s, t in zip(grid, grid[1:])}
+        follows = {min(s, FIRST_SIGMA): (s, t) for s, t in pairwise(grid)}
 
         def bias(x: Tensor, posterior: Mixture, sigma: float) -> Tensor:
             residual = p.task.observe(p.truth) - p.task.observe(posterior.mean())
@@ -163,9 +167,9 @@ def weigh(task: Task, residual: Tensor, v: float | Tensor) -> Tensor:
     """(A V A^T + s_y^2 I)^-1 of a residual, V a number or (B,C,C,H,W)."""
     if isinstance(v, float):
         return residual / (task.scale * v + task.std**2)
-    if residual.shape[1] == 1:                                                  # grey: a number
+    if residual.shape[1] == 1:                      # grey: a number
         return residual / (v.mean((1, 2)).unsqueeze(1) + task.std**2)
-    if residual.shape[-1] < v.shape[-1]:                                        # blocks: each the mean of n pixels' covariances, / n
+    if residual.shape[-1] < v.shape[-1]:            # blocks: each the mean of its pixels' covariances, by their number
         v = F.avg_pool2d(v.flatten(1, 2), BLOCK).unflatten(1, v.shape[1:3]) / BLOCK**2
     noise = torch.eye(v.shape[1]).reshape(1, *v.shape[1:3], 1, 1) * task.std**2
     return solve(v + noise, residual)

@@ -101,7 +101,8 @@ def small4(truth: Tensor, generator: torch.Generator) -> Task:
     spread = lambda y: y.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)  # noqa: E731
     project = lambda x, known: x + spread(observe(known - x))  # noqa: E731
     evidence = BlockEvidence(observe(truth), BLOCK, SMALL_STD)
-    return Task(evidence, observe, lambda y: spread(y) / BLOCK**2, project, torch.zeros_like(truth[:, :1]), SMALL_STD, 1 / BLOCK**2)
+    return Task(evidence, observe, lambda y: spread(y) / BLOCK**2, project, torch.zeros_like(truth[:, :1]), SMALL_STD,
+                1 / BLOCK**2)
 
 
 TASKS = {"hint": one_pixel, "half": half, "hole": hole, "pixels10": pixels10, "grey": grey, "small4": small4}

@@ -1,7 +1,9 @@
-r"""``python -m train.evaluate.gain CHECKPOINT``: how far a second-order correction moves the mean, over how far it was asked to.
+r"""``python -m train.evaluate.gain CHECKPOINT``: how far a second-order correction moves the mean,
+over how far it was asked to.
 
-At every step of a run of GM-ODE 2 the tilt is made twice from the same state, published and limited (docs/overshoot.md).
-The gain is sum <moved, b> / sum |b|^2 over channels and pixels of all images, with b the bias asked for; 1 is right.
+At every step of a run of GM-ODE 2 the tilt is made twice from the same state, published and limited
+(docs/overshoot.md). The gain is sum <moved, b> / sum |b|^2 over channels and pixels of all images, with b the bias
+asked for; 1 is right.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def gain_of(moved: Tensor, bias: Tensor) -> float:
 
 @dataclass
 class GainRecorder:
-    """A sampler's callback: (sigma, first-order gain, real gain of each tilt) of every step that has a step before it."""
+    """A sampler's callback: (sigma, first-order gain, real gain of each tilt) of every step that has a step before
+    it."""
 
     rows: list[tuple[float, float, dict[str, float]]] = field(default_factory=list)
     history: SolverHistory | None = None
@@ -47,7 +50,8 @@ class GainRecorder:
 
 
 @torch.no_grad()
-def measure_gains(checkpoint: Checkpoint, steps: int, count: int, guidance: float, seed: int, tilt: str) -> GainRecorder:
+def measure_gains(checkpoint: Checkpoint, steps: int, count: int, guidance: float, seed: int,
+                  tilt: str) -> GainRecorder:
     """The gains along a run of ``count`` images, their classes in turn, with this tilt of the second order."""
     config, recorder = checkpoint.config, GainRecorder()
     noise = ImageNoise(seed, range(count), (config.in_channels, config.sample_size, config.sample_size), "cpu")
@@ -58,7 +62,8 @@ def measure_gains(checkpoint: Checkpoint, steps: int, count: int, guidance: floa
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate.gain", description=__doc__.split("\n")[0].split(": ")[1])
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate.gain",
+                                     description=__doc__.split("\n")[0].split(": ")[1])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--images", type=int, default=100)
@@ -66,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tilt", choices=TILTS, default="published", help="of the run along which it is measured")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    found = measure_gains(load_checkpoint(args.checkpoint), args.steps, args.images, args.guidance, args.seed, args.tilt)
+    found = measure_gains(load_checkpoint(args.checkpoint), args.steps, args.images, args.guidance,
+                          args.seed, args.tilt)
     print("| sigma | first order | published | limited |\n|---|---|---|---|")
     for sigma, first_order, gains in found.rows:
         print(f"| {sigma:.3f} | {first_order:.2f} | {gains['published']:.2f} | {gains['limited']:.2f} |")
