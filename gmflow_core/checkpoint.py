@@ -39,6 +39,8 @@ __all__ = [
 
 FORMAT = 1
 SPECTRUM = "spectrum."
+DESCRIPTION = "gmflow.description"   # the metadata as a tensor of bytes, in files that ComfyUI's save nodes write
+SAVED = "model.diffusion_model."     # what these put before a network's names
 CONFIGS = {"gmdit": GMDiTConfig, "gmmlp": GMMLPConfig}
 NETWORKS = {GMDiTConfig: GMDiT, GMMLPConfig: GMMLP, SpectrumConfig: SpectrumMLP}
 
@@ -169,18 +171,28 @@ def write(path, raw: RawCheckpoint, dtype: torch.dtype | None = None) -> None:
     state = raw.state | {SPECTRUM + name: value for name, value in (raw.spectrum_state or {}).items()}
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
     check_finite(state, path)
-    header = {
+    try:
+        text = describe(raw)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the training summary is not plain JSON: {one_line(error)}") from error
+    write_safetensors(path, state, {"format": "pt", "gmflow": text})
+
+
+def describe(raw: RawCheckpoint) -> str:
+    """All but the tensors of a checkpoint as JSON: the metadata ``gmflow``."""
+    return json.dumps({
         "format": FORMAT,
         "architecture": next(name for name, config in CONFIGS.items() if isinstance(raw.config, config)),
         "model": raw.config.to_dict(),
         "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
         "latent_space": asdict(raw.latent_space), "class_names": raw.class_names, "training": raw.training,
-    }
-    try:
-        text = json.dumps(header, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the training summary is not plain JSON: {one_line(error)}") from error
-    write_safetensors(path, state, {"format": "pt", "gmflow": text})
+    }, allow_nan=False)
+
+
+def description_tensors(raw: RawCheckpoint) -> State:
+    """What :func:`describe` says and the spectrum network as tensors, for writers that keep nothing but tensors."""
+    text = torch.frombuffer(bytearray(describe(raw).encode()), dtype=torch.uint8)
+    return {DESCRIPTION: text} | {SPECTRUM + name: value for name, value in (raw.spectrum_state or {}).items()}
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -239,7 +251,12 @@ def read_raw(path, heads: int | None = None) -> RawCheckpoint:
             raw = read_training(path, heads)
         else:
             state, metadata = read_safetensors(path)
-            raw = _read_own(path, state, metadata) if "gmflow" in metadata else read_diffusers_file(path, state, heads)
+            if DESCRIPTION in state:
+                raw = _read_described(path, state)
+            elif "gmflow" in metadata:
+                raw = _read_own(path, state, metadata["gmflow"])
+            else:
+                raw = read_diffusers_file(path, state, heads)
         _check(raw)
     if heads is not None and heads != getattr(raw.config, "num_heads", None):
         raise CheckpointError(f"{path}: heads={heads} was given, but the file's own config is {raw.config}")
@@ -248,9 +265,18 @@ def read_raw(path, heads: int | None = None) -> RawCheckpoint:
     return raw
 
 
-def _read_own(path: Path, state: State, metadata: dict[str, str]) -> RawCheckpoint:
+def _read_described(path: Path, state: State) -> RawCheckpoint:
+    """What a save node of ComfyUI makes of a GMFlow model: :func:`description_tensors` beside a wrapped network."""
     try:
-        header = json.loads(metadata["gmflow"])
+        text = bytes(state[DESCRIPTION].to(torch.uint8).tolist()).decode()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its tensor {DESCRIPTION} is no text ({one_line(error)})") from error
+    return _read_own(path, {key: value for key, value in state.items() if key.startswith((SAVED, SPECTRUM))}, text)
+
+
+def _read_own(path: Path, state: State, description: str) -> RawCheckpoint:
+    try:
+        header = json.loads(description)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata gmflow is not JSON ({one_line(error)})") from error
     version = header.get("format") if isinstance(header, dict) else None

@@ -20,6 +20,21 @@ TILTS = ("published", "limited")
 
 
 @dataclass(frozen=True, eq=False)
+class Blend:
+    """What stands between a solver and its network for one step: the network saw another x, and x_0 <- weight x_0 + offset.
+
+    A noise mask m, as hosts treat it: ``seen`` is m x + (1 - m) x_known, the weight m and the offset (1 - m) x_0 known.
+    """
+
+    weight: Tensor | float  # broadcasts to x; 0 where x_0 is known
+    offset: Tensor          # (B,C,*S)
+    seen: Tensor            # (B,C,*S): the posterior is one of q(x_0 | seen)
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        return self.weight * x_0 + self.offset
+
+
+@dataclass(frozen=True, eq=False)
 class Guided:
     """A guided x_0 posterior, and what it was made from.
 
@@ -34,6 +49,7 @@ class Guided:
     target: Gaussian              # likewise
     bias: Tensor | None = None    # (B,C,*S)
     scale: float = 0.0            # w
+    blend: Blend | None = None    # what the step makes of x_0, once in all
 
 
 def moment_anchor(posterior: Mixture) -> Gaussian:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from .files import shown
 
+MOST_LABELS = 1_000_000
 # A name in quotes, or what lies between commas and line breaks.
 _PART = r'[^\S\n]*"[^"\n]*"[^\S\n]*(?=[,\n]|$)|[^,\n]+'
 _INDEX = r"#?\s*([0-9]{1,9})(?:\s*-\s*#?([0-9]{1,9}))?"
@@ -17,11 +18,14 @@ class LabelError(ValueError):
     """A label that the model does not know: one line that says which, and what would be right."""
 
 
-def parse_labels(text: str, num_classes: int, class_names: Sequence[str] | None = None) -> list[int]:
+def parse_labels(
+    text: str, num_classes: int, class_names: Sequence[str] | None = None, most: int = MOST_LABELS
+) -> list[int]:
     """"0, 1, 2-9" or class names, separated by commas or line breaks, to class indices in that order.
 
     ``7`` and ``2-9`` are indices, unless a class is called so: then a text that means two classes is refused.
-    ``#7`` is always the index, ``"7"`` in quotes always the name. LabelError for anything else.
+    ``#7`` is always the index, ``"7"`` in quotes always the name. LabelError for anything else,
+    and for more than ``most`` labels.
     """
     names = {_plain(name): i for i, name in reversed(list(enumerate(class_names or ())))}
     if _plain(text) in names and not re.fullmatch(_INDEX, text.strip()):  # a name may hold commas
@@ -30,6 +34,8 @@ def parse_labels(text: str, num_classes: int, class_names: Sequence[str] | None 
     for part in filter(None, map(str.strip, re.findall(_PART, text))):
         quoted = len(part) > 1 and part[0] == part[-1] == '"'
         labels += [_named(part[1:-1], names, num_classes)] if quoted else _read(part, names, num_classes)
+        if len(labels) > most:
+            raise LabelError(f"more than {most} labels; give one for each image of a batch, or one for all")
     if not labels:
         raise LabelError(f"no label given; {_known(num_classes, bool(names))}")
     return labels
@@ -68,7 +74,8 @@ def _named(name: str, names: dict[str, int], num_classes: int) -> int:
 
 
 def _nearest(part: str, names: dict[str, int]) -> str:
-    near = get_close_matches(part[:200].lower(), names, n=3, cutoff=0.5)
+    short = [name for name in names if len(name) <= 200]  # a file may hold names of megabytes
+    near = get_close_matches(part[:200].lower(), short, n=3, cutoff=0.5)
     return f" (did you mean {', '.join(shown(name, 60) for name in near)}?)" if near else ""
 
 

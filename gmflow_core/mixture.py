@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .gaussian import Gaussian, GaussianFactor, diagonal, turn, turn_back
+from .portable import portable
 
 T = TypeVar("T")
 
@@ -176,7 +177,7 @@ class Mixture:
         """One independent draw at every pixel, shape (B,C,*S): a component, then its Gaussian."""
         b, k, c, *space = self.means.shape
         weights = self.weights.movedim(1, -1).reshape(-1, k)
-        index = torch.multinomial(weights, 1, generator=generator).reshape(b, 1, 1, *space)
+        index = _choose(weights, generator=generator).reshape(b, 1, 1, *space)
         mean = self.means.gather(1, index.expand(b, 1, c, *space)).squeeze(1)
         z = torch.randn((b, c, *space), generator=generator, dtype=mean.dtype, device=mean.device)
         return mean + self.var.sqrt() * z
@@ -240,8 +241,8 @@ class Mixture:
 
         Equals p(x)^(1/t) renormalised where the components do not overlap; t = 1 is the identity.
         """
-        if not t > 0:
-            raise ValueError(f"temperature must be > 0, got {t}")
+        if not 0 < t < math.inf:
+            raise ValueError(f"temperature must be a finite number > 0, got {t}")
         if t == 1:
             return self
         return GaussianMixture.from_logits(self.means, self.log_weights / t, self.log_std + 0.5 * math.log(t))
@@ -433,6 +434,12 @@ class TurnedMixture(Mixture):
 def _over_channels(var: Tensor) -> Tensor:
     """A variance of every channel, or one of all of them, as its mean: (B,1,...)."""
     return var if var.shape[1] == 1 else var.mean(1, keepdim=True)
+
+
+@portable
+def _choose(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index (N,1) a row of weights (N,K), by weight."""
+    return torch.multinomial(weights, 1, generator=generator)
 
 
 def _sum_of_squares(parts: Iterable[Tensor]) -> Tensor:

@@ -69,10 +69,12 @@ def sample(
     noise_sampler: NoiseSampler | None = None,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> Tensor:
     """Run the solver of ``options`` from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
-    ``spectrum`` and ``noise_sampler`` are GM-SDE's, see :func:`sample_gm_sde`.
+    ``spectrum`` and ``noise_sampler`` are GM-SDE's, see :func:`sample_gm_sde`; ``interrupt`` is called before every
+    substep or draw and may raise.
     """
     grid = [float(sigma) for sigma in sigmas]
     if options.recipe == "piflow":
@@ -83,7 +85,7 @@ def sample(
         substeps = options.substeps or default_substeps(len(sigmas) - 1)
     common = {
         "order": options.order, "second_order": options.second_order, "temperature": temperature,
-        "inpaint": inpaint, "callback": callback,
+        "inpaint": inpaint, "callback": callback, "interrupt": interrupt,
     }
     if options.solver == "gm-ode":
         return sample_gm_ode(denoiser, x, sigmas, substeps=substeps, shift=options.shift, **common)

@@ -24,8 +24,8 @@ def unshift_time(sigma: Tensor | float, shift: float) -> Tensor | float:
 
 
 def check_shift(shift: float) -> None:
-    if not shift > 0:
-        raise ValueError(f"shift must be > 0 (1 leaves time as it is), got {shift}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be a finite number > 0 (1 leaves time as it is), got {shift}")
 
 
 def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step: float = 1.0) -> Tensor:

@@ -6,6 +6,7 @@ injected, history is a value. Shapes: B batch, C channels, ``*S`` space, ``*1`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .guidance import Guided, biased_target, check_tilt, choose_target, mean_square, tilt_toward
+from .guidance import Blend, Guided, biased_target, check_tilt, choose_target, mean_square, tilt_toward
 from .mixture import Gaussian, Mixture
 from .path import Reanchoring, add_noise, reanchor_factor, reverse_step
 from .schedule import check_shift, substep_sigmas
@@ -49,15 +50,17 @@ class StepInfo:
 
     @property
     def denoised(self) -> Tensor:
-        """The mean of the posterior in use: the current best guess of x_0."""
-        return self.posterior.mean()
+        """The mean of the posterior in use, blended as the step will be: the current best guess of x_0."""
+        mean, blend = self.posterior.mean(), self.guided.blend
+        return mean if blend is None else blend(mean)
 
 
 @dataclass(frozen=True, eq=False)
 class Inpaint:
-    """Known pixels, put back at every substep: (1 - s) x_0 + s noise where ``mask`` is 0.
+    """Known pixels, put back after every network step: (1 - s) x_0 + s noise where ``mask`` is 0.
 
-    ``mask`` broadcasts to x: 1 where the solver paints, 0 where ``x_0`` is known, between is a blend.
+    ``mask`` broadcasts to x: 1 where the solver paints, 0 where ``x_0`` is known, between is a blend. Not after
+    every substep, for the blend would harden: pixels meet only in the network.
     """
 
     mask: Tensor
@@ -83,6 +86,10 @@ class SecondOrder:
 
     def __post_init__(self) -> None:
         check_tilt(self.tilt)
+        for name in ("c_a", "c_b"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
 def correct(
@@ -131,6 +138,20 @@ def clip_bias(bias: Tensor, anchor: Gaussian) -> Tensor:
     return bias * (mean_square(bias) / anchor.var).clamp(min=1).rsqrt()
 
 
+def seen(x: Tensor, blend: Blend | None) -> Tensor:
+    """Where a step's posterior belongs: at the solver's x, or at what the network saw instead."""
+    return x if blend is None else blend.seen
+
+
+def blended_step(x: Tensor, seen_next: Tensor, sigma: float, sigma_next: float, blend: Blend) -> Tensor:
+    r"""One Euler step from x to the blended x_0, with x_0 what leads from ``seen`` to ``seen_next`` in one such step:
+
+        x_next = r x + w (seen_next - r seen) + (1 - r) offset,  r = s_next / s.
+    """
+    ratio = sigma_next / sigma
+    return ratio * x + blend.weight * (seen_next - ratio * blend.seen) + (1 - ratio) * blend.offset
+
+
 def sample_gm_ode(
     denoiser: Denoiser,
     x: Tensor,
@@ -143,23 +164,26 @@ def sample_gm_ode(
     temperature: float | Sequence[float] = 1.0,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> Tensor:
     r"""Solve the probability-flow ODE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
     Between network calls the posterior is re-anchored analytically at each of ``substeps``, uniform
     in the raw time of ``shift``: x <- x + (x - x0_hat)/s (s_next - s) (GMFlow, GM-ODE). ``substeps`` and
     ``temperature`` (see :meth:`GaussianMixture.temperature`) are one number, or one for each network step.
+    ``interrupt`` is called before every substep and may raise.
     """
 
-    def advance(x: Tensor, posterior: Mixture, target: Gaussian, step: int, sigma: float, sigma_next: float) -> Tensor:
-        grid = substep_sigmas(sigma, sigma_next, counts[step], shift)
+    def advance(start: Tensor, blend: Blend | None, posterior: Mixture, target: Gaussian, step: int, sigma: float,
+                sigma_next: float) -> Tensor:
+        grid, x = substep_sigmas(sigma, sigma_next, counts[step], shift), seen(start, blend)
         later = Reanchoring(posterior, x, sigma, grid[1:-1]) if len(grid) > 2 else None
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
-            x_0 = later.mean(i - 1, x) if i else posterior.mean()
+            if interrupt is not None:
+                interrupt()
+            x_0 = later.mean(i - 1, x) if i and later else posterior.mean()
             x = torch.lerp(x_0, x, s_next / s)  # = x + (x - x_0)/s (s_next - s)
-            if inpaint is not None:
-                x = inpaint(x, s_next)
-        return x
+        return x if blend is None else blended_step(start, x, sigma, sigma_next, blend)
 
     counts = per_step("substeps", substeps, len(sigmas) - 1)
     for count in counts:
@@ -181,24 +205,29 @@ def sample_gm_sde(
     temperature: float | Sequence[float] = 1.0,
     inpaint: Inpaint | None = None,
     callback: Callable[[StepInfo], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> Tensor:
     r"""Solve the reverse SDE from x (B,C,*S) at sigmas[0]; returns x at sigmas[-1].
 
     Each step draws x0_hat from the posterior and x_next from q(x_next | x, x0_hat) (GMFlow, GM-SDE).
     ``noise_sampler`` is called exactly twice a step, first for x0_hat, then for the transition; the
     default draws from torch's global generator. ``spectrum`` colours the first draw. ``temperature``: as in
-    :func:`sample_gm_ode`.
+    :func:`sample_gm_ode`. ``interrupt`` is called before every step's draws and may raise.
     """
     if noise_sampler is None:
         noise_sampler = lambda sigma, sigma_next: torch.randn_like(x)  # noqa: E731
 
-    def advance(x: Tensor, posterior: Mixture, target: Gaussian, step: int, sigma: float, sigma_next: float) -> Tensor:
+    def advance(x: Tensor, blend: Blend | None, posterior: Mixture, target: Gaussian, step: int, sigma: float,
+                sigma_next: float) -> Tensor:
+        if interrupt is not None:
+            interrupt()
         z = noise_sampler(sigma, sigma_next)
         if spectrum is not None:
             z = color_noise(z, spectrum(target))
         x_0 = gaussian_to_mixture(posterior, z)
-        x = reverse_step(x, x_0, noise_sampler(sigma, sigma_next), sigma, sigma_next)
-        return x if inpaint is None else inpaint(x, sigma_next)
+        if blend is not None:
+            x_0 = blend(x_0)
+        return reverse_step(x, x_0, noise_sampler(sigma, sigma_next), sigma, sigma_next)
 
     return _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callback, advance)
 
@@ -216,12 +245,15 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
     for i, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
         step = sigma - sigma_next
         guided = denoiser(x, sigma)
-        posterior, target = correct(guided, x, sigma, step, history, second_order)
+        at = seen(x, guided.blend)
+        posterior, target = correct(guided, at, sigma, step, history, second_order)
         posterior = posterior.temperature(temperatures[i])
         if callback is not None:
             callback(StepInfo(i, len(grid) - 1, sigma, sigma_next, x, guided, posterior))
-        history = SolverHistory(guided.posterior, x, sigma, step) if order == 2 else None
-        x = advance(x, posterior, target, i, sigma, sigma_next)
+        history = SolverHistory(guided.posterior, at, sigma, step) if order == 2 else None
+        x = advance(x, guided.blend, posterior, target, i, sigma, sigma_next)
+        if inpaint is not None:
+            x = inpaint(x, sigma_next)
     return x
 
 
@@ -235,7 +267,7 @@ def per_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[
 
 
 def check_sigmas(sigmas: Tensor) -> list[float]:
-    """The sigmas as floats, or ValueError: at least two, falling strictly, within [0, 1], 0 or no less than SMALLEST."""
+    """The sigmas as floats, or ValueError: at least two, falling strictly in [0, 1], 0 or no less than SMALLEST."""
     grid = [float(s) for s in sigmas]
     if len(grid) < 2:
         raise ValueError(f"sigmas must hold at least two values (one step), got {grid}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .gaussian import turn, turn_back
 from .mixture import Mixture, TurnedMixture, space_axes
+from .portable import portable
 
 _SQRT_HALF = math.sqrt(0.5)
 _LOG2_E = math.log2(math.e)
@@ -22,6 +23,7 @@ _HALF_ROOT_PI = 0.5 * math.sqrt(math.pi)
 _MAX_ITERATIONS = 100  # a bound: bisection alone closes a float32 bracket in fewer
 
 
+@portable
 def hartley(x: Tensor) -> Tensor:
     r"""Orthonormal discrete Hartley transform over space, Re F(x) + Im F(x); its own inverse."""
     f = torch.fft.fftn(x, dim=space_axes(x, 2), norm="ortho")
@@ -118,6 +120,7 @@ def _given(log_w: Tensor, t: Tensor) -> Tensor:
     return torch.addcmul(log_w, t, t, value=-0.5).log_softmax(0)
 
 
+@portable
 def inverse_cdf(mu: Tensor, log_w: Tensor, z: Tensor) -> Tensor:
     r"""Solve F(x) = sum_k w_k Phi(x - mu_k) = Phi(z) for x (N,), given mu, log_w (K,N) and z (N,).
 
@@ -239,6 +242,7 @@ def _separated_quantile(mu: Tensor, weights: Tensor, z: Tensor) -> Tensor:
     return mu_k - _SQRT_HALF * torch.special.ndtri(share)
 
 
+@portable
 def _probit_of_cdf(t: Tensor, log_w: Tensor) -> Tensor:
     """Phi^-1(sum_k w_k Phi(t_k)) from the smaller tail; in log space where that underflows. (N,)"""
     weights = log_w.exp()

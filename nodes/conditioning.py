@@ -11,6 +11,7 @@ from . import host
 from .model_info import make_conditioning, null_conditioning
 from .schema import schema
 
+MOST_LABELS = 4096  # as many as GMFlow Empty Latent makes images
 IMAGENET = tuple((Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
 
 
@@ -42,7 +43,7 @@ class GMFlowClassConditioning(io.ComfyNode):
         if names is None and info.config.num_classes == len(IMAGENET):
             names = IMAGENET
         try:
-            indices = parse_labels(labels, info.config.num_classes, names)
+            indices = parse_labels(labels, info.config.num_classes, names, MOST_LABELS)
         except LabelError as error:
             raise ValueError(f"labels: {error}") from None
         return io.NodeOutput(make_conditioning(indices, info.config.num_classes), null_conditioning(info.config))

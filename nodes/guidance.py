@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from ..gmflow_core import Guided, Mixture, guide_cfg, guide_probabilistic
+from ..gmflow_core import Guided, Mixture, guide_probabilistic
 from ..gmflow_core.guidance import PUBLISHED_SCALE, check_guidance, check_tilt
 from ..gmflow_core.sampler import GUIDANCE_TILT
 
@@ -27,18 +28,22 @@ class Guidance:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         check_guidance(self.scale, self.orthogonal)
         check_tilt(self.tilt)
-        if not self.cfg_scale >= 1:
-            raise ValueError(f"cfg_scale must be >= 1 (1 is none), got {self.cfg_scale}")
+        if not 1 <= self.cfg_scale < math.inf:
+            raise ValueError(f"cfg_scale must be a finite number >= 1 (1 is none), got {self.cfg_scale}")
         start, end = self.interval
         if not start >= end:
             raise ValueError(f"guidance must start before it ends, got sigmas {start:.3g} to {end:.3g}")
 
+    @property
+    def vanilla(self) -> bool:
+        """Whether it is classifier-free guidance, which is the host's own."""
+        return self.method == METHODS[1]
+
     def acts_at(self, sigma: float) -> bool:
         """Whether the unconditional prediction is needed at this sigma."""
-        on = self.scale > 0 if self.method == METHODS[0] else self.cfg_scale > 1
+        on = self.cfg_scale > 1 if self.vanilla else self.scale > 0
         return on and self.interval[1] <= sigma <= self.interval[0]
 
     def __call__(self, cond: Mixture, uncond: Mixture) -> Guided:
-        if self.method == METHODS[0]:
-            return guide_probabilistic(cond, uncond, self.scale, self.orthogonal, self.tilt)
-        return guide_cfg(cond, uncond, self.cfg_scale)
+        """The probabilistic method's guided posterior."""
+        return guide_probabilistic(cond, uncond, self.scale, self.orthogonal, self.tilt)

@@ -1,6 +1,6 @@
-"""The border to ComfyUI: no other module of this pack touches its internals.
+"""The border to ComfyUI: only this module, host_sampling and host_adapter touch its internals. Here: the MODEL.
 
-The MODEL is an ordinary ComfyUI model whose network predicts a mixture and returns its mean; a
+It is an ordinary ComfyUI model whose network predicts a mixture and returns its mean; a
 :class:`Capture` in ``transformer_options`` receives the mixture itself, packed in one tensor. GM
 samplers and the GM guider read it there; everything else in ComfyUI sees a flow model.
 """
@@ -8,8 +8,6 @@ samplers and the GM guider read it there; everything else in ComfyUI sees a flow
 from __future__ import annotations
 
 import inspect
-import logging
-from dataclasses import replace
 from pathlib import Path
 
 import comfy.conds
@@ -19,27 +17,21 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.patcher_extension
-import comfy.sample
-import comfy.samplers
 import comfy.supported_models_base
 import comfy.utils
 import folder_paths
-import latent_preview
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 import nodes as core
 
 from ..gmflow_core import GMDiT, GMDiTConfig
-from ..gmflow_core.checkpoint import build_network, read_state
-from ..gmflow_core.files import CheckpointError
+from ..gmflow_core.checkpoint import RawCheckpoint, build_network, description_tensors, read_state
+from ..gmflow_core.files import CheckpointError, shown
 from ..gmflow_core.model import LatentSpace
-from ..gmflow_core.sampler import SamplerOptions
 from .adapter_info import ATTACHMENT, AdapterInfo, check_adapter_vae
-from .capture import CAPTURE, Capture, gather, guided_by_mean, hand_over, moved, with_capture
-from .guidance import Guidance
-from .model_info import CLASSES, LABELS, ModelInfo, check_latent, check_vae, null_conditioning, read_labels
-from .solving import check_sigmas, info_of, sample_gm
+from .capture import hand_over
+from .model_info import CLASSES, LABELS, ModelInfo, check_latent, check_vae, read_labels
 
 FOLDER = "diffusion_models"
 WEIGHT_DTYPES = {
@@ -67,6 +59,8 @@ class HostGMDiT(GMDiT):
         wrappers = comfy.patcher_extension.get_all_wrappers(
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
         )
+        if wrappers:
+            x = x.clone()  # it may be the very x that the host goes on with, and EasyCache writes to it
         return comfy.patcher_extension.WrapperExecutor.new_class_executor(self._mean_velocity, self, wrappers).execute(
             x, timesteps, context, control, transformer_options, labels=labels, **kwargs
         )
@@ -74,7 +68,7 @@ class HostGMDiT(GMDiT):
     def _mean_velocity(self, x, sigma, context, control, transformer_options, labels=None, **kwargs):
         if control is not None:
             raise ValueError("a ControlNet is applied to the conditioning; there are none for GMFlow models: remove it")
-        packed = super().forward(x, sigma, labels)
+        packed = super().forward(x, sigma, labels, transformer_options=transformer_options)
         hand_over(packed, transformer_options)
         return self.mixture(packed).mean()
 
@@ -85,6 +79,14 @@ class GMFlowModel(comfy.model_base.BaseModel):
     def __init__(self, model_config, info: ModelInfo, device=None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostGMDiT)
         self.gmflow = info
+
+    def state_dict_for_saving(self, *args, **kwargs):  # signatures differ between versions of ComfyUI
+        info, spectrum = self.gmflow, self.gmflow.spectrum
+        described = description_tensors(RawCheckpoint(
+            Path(), "gmflow", {}, info.config, spectrum and spectrum.state_dict(), spectrum and spectrum.config,
+            info.latent_space, info.class_names,
+        ))
+        return super().state_dict_for_saving(*args, **kwargs) | described
 
     def process_timestep(self, timestep, **kwargs):
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)  # the network's clock is sigma
@@ -101,8 +103,8 @@ class GMFlowModel(comfy.model_base.BaseModel):
         )
         if len(labels) not in (1, len(noise)):
             raise ValueError(
-                f"{role}: {len(labels)} labels for a batch of {len(noise)} images; give one label, or one for each image "
-                "(batch_size of the empty latent)"
+                f"{role}: {len(labels)} labels for a batch of {len(noise)} images; give one label, or one for each "
+                "image (batch_size of the empty latent)"
             )
         return {"labels": comfy.conds.CONDRegular(labels.to(kwargs["device"]))}
 
@@ -130,7 +132,8 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
 
     def __init__(self, channels: int):
         self.latent_channels = channels
-        self.latent_rgb_factors = [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]] if channels == 3 else [[1.0, 1.0, 1.0]] * channels
+        rgb = [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]
+        self.latent_rgb_factors = rgb if channels == 3 else [[1.0, 1.0, 1.0]] * channels
 
 
 class ScaledLatent(comfy.latent_formats.SD15):
@@ -203,18 +206,21 @@ def model_path(name: str) -> str:
     """ValueError for a file that is not there (any more)."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise ValueError(f"model_name: there is no {name!r} in {folder_paths.get_folder_paths(FOLDER)[0]}; put a GMFlow checkpoint there "
-                         "and refresh the page, or choose another one of the list")
+        folders = folder_paths.get_folder_paths(FOLDER)
+        folder = next((folder for folder in folders if Path(folder).name == FOLDER), folders[0])  # not the old "unet"
+        raise ValueError(f"model_name: there is no '{shown(name)}' in {folder}; put a GMFlow checkpoint there and "
+                         "refresh the page, or choose another one of the list")
     return path
 
 
 def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """Read any GMFlow checkpoint into a ModelPatcher. CheckpointError for every other file, before anything is built."""
+    """Read any GMFlow checkpoint into a ModelPatcher. CheckpointError for other files, before anything is built."""
     if weight_dtype not in WEIGHT_DTYPES:  # 0.3.64 passes any text
         raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")
     raw = read_state(path)
     if not isinstance(raw.config, GMDiTConfig):
-        raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; see python -m gmflow_core sample")
+        raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; "
+                              "see python -m gmflow_core sample")
     spectrum = None
     if raw.spectrum_config is not None:
         spectrum = build_network(raw.spectrum_config, raw.spectrum_state, "cpu", torch.float32, path)
@@ -263,66 +269,26 @@ def require_gmflow(model, name: str = "model") -> ModelInfo | AdapterInfo:
         return attached
     inner = getattr(model, "model", None)
     if not isinstance(inner, GMFlowModel):
-        raise ValueError(f"{name}: this is a {type(inner).__name__} model, not a GMFlow one; load one with GMFlow Loader, "
-                         "or give FLUX.1, FLUX.2 or Qwen-Image an adapter with GMFlow Apply Adapter")
+        raise ValueError(f"{name}: this is a {type(inner).__name__} model, not a GMFlow one; load one with GMFlow "
+                         "Loader, or give FLUX.1, FLUX.2 or Qwen-Image an adapter with GMFlow Apply Adapter")
     return inner.gmflow
 
 
 def require_classes(model, instead: str) -> ModelInfo:
-    """The ModelInfo of a MODEL that paints classes; ValueError for any other, which names the node to use ``instead``."""
+    """The ModelInfo of a MODEL that paints classes; ValueError for others, which names the node to use ``instead``."""
     info = require_gmflow(model)
     if isinstance(info, AdapterInfo):
-        raise ValueError(f"model: this is {info.family.name} with an adapter, which paints texts; use {instead} instead")
+        raise ValueError(f"model: this is {info.family.name} with an adapter, which paints texts; "
+                         f"use {instead} instead")
     return info
 
 
-# ---- guidance ----------------------------------------------------------------------------------
+# ---- the model's clock -------------------------------------------------------------------------
 
-class GMFlowGuider(comfy.samplers.CFGGuider):
-    """Probabilistic guidance for any sampler: GM samplers get the guided mixture, others its mean."""
-
-    guidance = Guidance()
-
-    def predict_noise(self, x, timestep, model_options={}, seed=None):
-        sigma, sink = float(timestep.flatten()[0]), model_options.get("transformer_options", {}).get(CAPTURE)
-        roles = ["positive", "negative"] if self.guidance.acts_at(sigma) else ["positive"]
-        conds, capture = [self.conds[role] for role in roles], Capture()
-        options = with_capture(model_options, capture)
-        means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        info = info_of(self)
-        at = info.enter(x)
-        posteriors = [gather(capture, cond, info, at, sigma, role) for cond, role in zip(conds, roles)]
-        guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(posteriors[0], posteriors[0].mean())
-        mean = info.leave(guided.posterior.mean())
-        if model_options.get("sampler_post_cfg_function"):  # patches of other nodes (PAG, rescale) see and change the mean
-            options = model_options | {"sampler_cfg_function": lambda args: x - mean}
-            patched = comfy.samplers.cfg_function(
-                self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0], uncond=conds[-1]
-            )
-            guided, mean = replace(guided, posterior=moved(guided.posterior, info.enter(patched))), patched
-        if sink is not None:
-            sink.guided = guided
-        return mean
-
-
-def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
-    """A GUIDER of a GMFlow model; ``negative`` None is the null label, or no guidance for a model of texts, which has none."""
-    info = require_gmflow(model)
-    guider = GMFlowGuider(model)
-    guider.guidance = guidance
-    if negative is not None:
-        guider.set_conds(positive, negative)
-    elif isinstance(info, ModelInfo):
-        guider.set_conds(positive, null_conditioning(info.config))
-    else:
-        if guidance.acts_at(guidance.interval[0]):
-            logging.warning(f"GMFlow: no negative is connected, and {info.family.name} has no null label: sampling without guidance")
-        guider.inner_set_conds({"positive": positive})
-        guider.guidance = replace(guidance, scale=0.0, cfg_scale=1.0)
-    return guider
-
-
-def percent_to_sigma(model, percent: float) -> float:
+def percent_to_sigma(model, percent: float, name: str) -> float:
+    """The sigma at a share of the sampling; ValueError for what is none."""
+    if not 0 <= percent <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {percent}")
     return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
 
 
@@ -333,44 +299,8 @@ def model_shift(model) -> float:
 
 def shift_of(sampling) -> float:
     """The m of a flow's model sampling; ValueError for a patch that makes the model something else."""
-    if not isinstance(sampling, comfy.model_sampling.CONST):
-        raise ValueError("model: a ModelSampling node makes it another kind of model, and GMFlow models are flows; remove that node")
     half = float(sampling.percent_to_sigma(0.5))  # m / (m + 1), whatever the patch calls its parameter
+    if not isinstance(sampling, comfy.model_sampling.CONST) or not 0 < half < 1:
+        raise ValueError("model: a ModelSampling node makes it another kind of model, "
+                         "and GMFlow models are flows; remove that node")
     return half / (1 - half)
-
-
-# ---- sampling ----------------------------------------------------------------------------------
-
-def make_sampler(options: SamplerOptions):
-    """A SAMPLER for every node that takes one."""
-    return comfy.samplers.KSAMPLER(sample_gm, {"options": options})
-
-
-class SeedNoise:
-    """NOISE of a seed, the same as the core's nodes draw."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def generate_noise(self, latent: dict):
-        return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
-
-
-def run(noise, guider, sampler, sigmas, latent: dict, recorder=None) -> tuple[dict, dict]:
-    """Sample as the core's advanced custom sampler does: (latent, denoised latent)."""
-    check_sigmas(sigmas)
-    patcher = guider.model_patcher
-    ratios = {name: latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-    samples = known(comfy.sample.fix_empty_latent_channels, patcher, latent["samples"], **ratios)
-    latent = {name: value for name, value in latent.items() if name not in ratios} | {"samples": samples}
-    if getattr(sampler, "sampler_function", None) is sample_gm:
-        extras = {"batch_index": latent.get("batch_index"), "recorder": recorder}
-        sampler = comfy.samplers.KSAMPLER(sample_gm, sampler.extra_options | extras, sampler.inpaint_options)
-    last: dict = {}
-    result = guider.sample(
-        noise.generate_noise(latent), samples, sampler, sigmas, denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(patcher, len(sigmas) - 1, last),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=noise.seed,
-    ).to(comfy.model_management.intermediate_device())
-    denoised = patcher.model.process_latent_out(last["x0"].cpu()) if "x0" in last else result
-    return latent | {"samples": result}, latent | {"samples": denoised}

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..gmflow_core import SecondOrder, flow_sigmas
 from ..gmflow_core.guidance import PUBLISHED_SCALE, TILTS
 from ..gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
-from . import host
+from . import host, host_sampling
 from .guidance import METHODS, Guidance
 from .schema import GMTrace, advanced, schema, seed
 from .trace_source import TraceSource
@@ -159,9 +159,10 @@ class GMFlowGuider(io.ComfyNode):
     def execute(cls, model, positive, guidance, orthogonal, start_percent, end_percent, method, cfg_scale,
                 negative=None, tilt=GUIDANCE_TILT) -> io.NodeOutput:
         host.require_gmflow(model)
-        interval = (host.percent_to_sigma(model, start_percent), host.percent_to_sigma(model, end_percent))
+        interval = (host.percent_to_sigma(model, start_percent, "start_percent"),
+                    host.percent_to_sigma(model, end_percent, "end_percent"))
         settings = Guidance(guidance, orthogonal, method, cfg_scale, interval, tilt)
-        return io.NodeOutput(host.make_guider(model, positive, negative, settings))
+        return io.NodeOutput(host_sampling.make_guider(model, positive, negative, settings))
 
 
 class SamplerGMFlowODE(io.ComfyNode):
@@ -183,7 +184,7 @@ class SamplerGMFlowODE(io.ComfyNode):
         options = SamplerOptions(
             "gm-ode", order, substeps, second_order=second_order, temperature=temperature, shift=shift
         )
-        return io.NodeOutput(host.make_sampler(options))
+        return io.NodeOutput(host_sampling.make_sampler(options))
 
 
 class SamplerGMFlowSDE(io.ComfyNode):
@@ -209,7 +210,7 @@ class SamplerGMFlowSDE(io.ComfyNode):
     def execute(cls, order, spectral, c_a, c_b, correction_steps, temperature, tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
         second_order = SecondOrder(c_a, c_b, correction_steps, tilt)
         options = SamplerOptions("gm-sde", order, spectral=spectral, second_order=second_order, temperature=temperature)
-        return io.NodeOutput(host.make_sampler(options))
+        return io.NodeOutput(host_sampling.make_sampler(options))
 
 
 class GMFlowKSampler(io.ComfyNode):
@@ -246,14 +247,15 @@ class GMFlowKSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order,
-                orthogonal, shift, negative=None, final_step=0.0) -> io.NodeOutput:
+                orthogonal, shift, negative=None, final_step=0.0, tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
         sigmas = sigmas_of(model, steps, shift, denoise, final_step)
-        guider = host.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
-        sampler = host.make_sampler(SamplerOptions(
+        guider = host_sampling.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
+        sampler = host_sampling.make_sampler(SamplerOptions(
             solver_named(solver), order, substeps, second_order=SecondOrder(tilt=tilt), temperature=0.0, shift=shift
         ))
-        noise = host.SeedNoise(seed)
-        source = TraceSource(lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder), model)
+        noise = host_sampling.SeedNoise(seed)
+        sample = lambda recorder: host_sampling.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
+        source = TraceSource(sample, model)
         latent, _ = source.sample(cls.hidden, slot=1)
         return io.NodeOutput(latent, source)
 
@@ -286,6 +288,6 @@ class GMFlowSamplerCustom(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image) -> io.NodeOutput:
-        sample = lambda recorder: host.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
+        sample = lambda recorder: host_sampling.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
         source = TraceSource(sample, guider.model_patcher)
         return io.NodeOutput(*source.sample(cls.hidden, slot=2), source)

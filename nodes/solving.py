@@ -6,111 +6,189 @@ Shapes: B batch, C channels, H W space.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..gmflow_core import Guided, Inpaint, SpectrumMLP
+from ..gmflow_core import Guided, SpectrumMLP
+from ..gmflow_core.guidance import Blend
 from ..gmflow_core.noise import ImageNoise
 from ..gmflow_core.sampler import SamplerOptions, sample
 from .adapter_info import ATTACHMENT, AdapterInfo
-from .capture import Capture, gather, guided_by_mean, with_capture
+from .capture import Capture, capturing, gather, guided_by_mean
 from .model_info import ModelInfo
+from .patches import evaluating
 
+RUN = "gmflow_run"   # in transformer_options: there it reaches the sampler through any wrapper
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a node adds to one sampling: names of the images (B,) for the step noise, and who sees every step."""
+
+    batch_index: Sequence[int] | None = None
+    recorder: Callable | None = None
+
+
+# ---- sigmas ------------------------------------------------------------------------------------
 
 def clean_sigmas(sigmas) -> torch.Tensor:
-    """Schedulers may repeat a sigma or pass 1 by a rounding error; everything else is the solver's to refuse."""
+    """Schedulers may repeat a sigma or pass 1 by a rounding error. ValueError for those that do not fall in [0, 1]."""
     sigmas = sigmas.detach().float().cpu()
     sigmas = torch.where((sigmas > 1) & (sigmas < 1 + 1e-4), 1.0, sigmas)
-    return torch.unique_consecutive(sigmas)
-
-
-def info_of(guider) -> ModelInfo | AdapterInfo | None:
-    """What a guider's model is, if it predicts mixtures: an adapter is attached to the MODEL, a GM-DiT knows itself."""
-    patcher = getattr(guider, "model_patcher", None)
-    info = None if patcher is None else patcher.get_attachment(ATTACHMENT)
-    return info or getattr(getattr(guider, "inner_model", None), "gmflow", None)
-
-
-def make_inpaint(model, info: ModelInfo | AdapterInfo, extra_args: dict, sigmas):
-    """``inpaint(x, sigma)`` for a noise mask, or None. The mask may depend on sigma (Differential Diffusion)."""
-    mask = extra_args.get("denoise_mask")
-    if mask is None:
-        return None
-    function, last = extra_args.get("model_options", {}).get("denoise_mask_function"), [1.0]
-
-    def inpaint(x, sigma: float):
-        if sigma > 0:
-            last[0] = sigma  # at 0 every threshold would let go of what was kept until then
-        at = mask if function is None else function(
-            x.new_full((len(x),), last[0]), mask, extra_options={"model": model.inner_model, "sigmas": sigmas}
+    sigmas = torch.unique_consecutive(sigmas)
+    check_sigmas(sigmas)
+    if not ((sigmas.diff() < 0).all() and sigmas[0] <= 1 and sigmas[-1] >= 0):
+        values = [round(value, 4) for value in sigmas.tolist()]
+        shown = f"{values[:6]}"[:-1] + (", ...]" if len(values) > 6 else "]")
+        raise ValueError(
+            f"sigmas must fall strictly within [0, 1], got {shown}; schedules of other kinds of models (AYS, GITS, "
+            "Karras down from 14.6) do not fit: use GMFlow Scheduler, or BasicScheduler with this model"
         )
-        at, x_0, noise = (info.enter(t) for t in (at.expand_as(model.noise), model.latent_image, model.noise))
-        return Inpaint(at, x_0, noise)(x, sigma)
-
-    return inpaint
+    return sigmas
 
 
 def check_sigmas(sigmas) -> int:
     """The number of steps; ValueError if there is none."""
     if len(sigmas) < 2:
         raise ValueError(
-            f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split at an end?"
+            f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split "
+            "at an end?"
         )
     return len(sigmas) - 1
 
 
-@torch.no_grad()
-def sample_gm(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions, batch_index=None, recorder=None
-) -> Tensor:
-    """GM-ODE or GM-SDE as ComfyUI calls a sampler: the host's latent x at sigmas[0] to x at sigmas[-1].
+# ---- the host's model --------------------------------------------------------------------------
 
-    Everything here but the host's own calls lives in the space of the mixture, (B,C,H,W). ``model`` is the host's wrapper of a guider. ``batch_index`` (B,) names the images for the step noise;
-    ``recorder`` sees every step, see :class:`gmflow_core.trace.Recorder`.
+class HostDenoiser:
+    """The host's ``model``, with all that is wrapped around it, as a denoiser.
+
+    ``model`` is called as every sampler calls it: ``model(x, sigma, **extra_args)``. Its guider is watched
+    (:meth:`watch`): the mixtures of its last call count, at the x and sigma that it was given. What the wrappers
+    around it make of its answer, a noise mask above all, becomes the step's :class:`Blend`. All but the host's own
+    calls is in the space of the mixture, (B,C,H,W).
     """
-    guider, extra_args = model.inner_model, extra_args or {}
-    network, info = getattr(guider, "inner_model", None), info_of(guider)
+
+    def __init__(self, model, extra_args: dict, info: ModelInfo | AdapterInfo, sigmas):
+        self.model, self.extra_args, self.info, self.sigmas = model, extra_args, info, sigmas
+        self.guider, self.model_options = model.inner_model, extra_args.get("model_options", {})
+        self.capture: Capture | None = None
+
+    def watch(self, executor, x, timestep, model_options=None, seed=None, **kwargs):
+        """Around one call of the guider."""
+        options = self.model_options if model_options is None else model_options
+        capture = Capture(self.info.enter(x), timestep)
+        with capturing(options, capture):
+            answer = executor(x, timestep, options, seed, **kwargs)
+        mean = answer[0] if isinstance(answer, (tuple, list)) else answer
+        capture.mean = self.info.enter(mean).clone()  # others may write to theirs
+        self.capture = capture
+        return answer
+
+    def __call__(self, x: Tensor, sigma: float) -> Guided:
+        self.capture, latent = None, self.info.leave(x)
+        out = self.model(latent, x.new_full((len(x),), sigma), **self.extra_args)
+        if latent is not x:
+            x.copy_(self.info.enter(latent))  # a wrapper may have written to it (LanPaint)
+        capture = self.capture
+        if capture is None or capture.mean is None:
+            raise ValueError(
+                f"guider: it was not asked at sigma {sigma:.3f}, and a GM sampler needs its mixture; a patch that "
+                f"skips it ({evaluating(self.model_options) or 'LazyCache'}) cannot be combined with GM samplers"
+            )
+        guided = capture.guided or guided_by_mean(self.positive(capture), capture.mean)
+        blend = self.blend(x, out, capture)
+        return guided if blend is None else replace(guided, blend=blend)
+
+    def positive(self, capture: Capture):
+        """The posterior of the guider's positive conditionings, or of all where none is called so."""
+        conds = getattr(self.guider, "conds", {})
+        positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
+        return gather(capture, positive, self.info, "positive", self.model_options, "a GM sampler")
+
+    def blend(self, x: Tensor, out: Tensor, capture: Capture) -> Blend | None:
+        """What turns the guider's mean into ``out``; with a mask m its weight is m, so that known pixels stay known."""
+        mean, mask = capture.mean, self.mask(out, capture.sigma)
+        out = self.info.enter(out)
+        if mask is not None:
+            mask = self.info.enter(mask)
+            return Blend(mask, out - mask * mean, capture.x)
+        untouched = torch.equal(out, mean) and torch.equal(x, capture.x)
+        return None if untouched else Blend(1.0, out - mean, capture.x)
+
+    def mask(self, like: Tensor, sigma: float) -> Tensor | None:
+        """The noise mask, of the latent's shape; it may depend on sigma (Differential Diffusion)."""
+        mask, function = self.extra_args.get("denoise_mask"), self.model_options.get("denoise_mask_function")
+        if mask is None:
+            return None
+        if function is not None:
+            options = {"model": self.guider, "sigmas": self.sigmas}
+            mask = function(like.new_full((len(like),), sigma), mask, extra_options=options)
+        return mask.expand_as(like)
+
+
+def model_info(guider) -> ModelInfo | AdapterInfo:
+    """What a guider's model says of itself: an adapter is attached to the MODEL, a GM-DiT knows itself.
+
+    ValueError if it is of another kind.
+    """
+    patcher, network = getattr(guider, "model_patcher", None), getattr(guider, "inner_model", None)
+    attached = None if patcher is None else patcher.get_attachment(ATTACHMENT)
+    info = attached or getattr(network, "gmflow", None)
     if not isinstance(info, (ModelInfo, AdapterInfo)):
         raise ValueError(
             f"sampler: GM samplers need a GMFlow model, and the guider samples a {type(network).__name__}; "
             "load one with GMFlow Loader, make one with GMFlow Apply Adapter, or choose a core sampler"
         )
-    model_options, seed = extra_args.get("model_options", {}), extra_args.get("seed") or 0
-    grid = clean_sigmas(sigmas)
-    steps = check_sigmas(grid)
-    bar = tqdm(total=steps, disable=disable)
+    return info
 
-    def denoiser(x, sigma: float) -> Guided:
-        capture, sigmas = Capture(), x.new_full((len(x),), sigma)
-        mean = info.enter(guider(info.leave(x), sigmas, model_options=with_capture(model_options, capture), seed=seed))
-        if capture.guided is not None:
-            return capture.guided
-        conds = getattr(guider, "conds", {})
-        positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
-        return guided_by_mean(gather(capture, positive, info, x, sigma, "positive"), mean)
 
+def check_finite(x: Tensor) -> Tensor:
+    """x, or ValueError if it is no image."""
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            "sampler: the result holds NaN or infinite values; the weights are broken or too large for their dtype "
+            "(try weight_dtype float32 in GMFlow Loader), or a patch's strength is too high"
+        )
+    return x
+
+
+# ---- solving -----------------------------------------------------------------------------------
+
+def solve(denoiser: HostDenoiser, x: Tensor, options: SamplerOptions, callback, disable, interrupt) -> Tensor:
+    """The host's latent at the first of the denoiser's sigmas to that at their last; ``callback`` is the host's too."""
+    grid, info, network = clean_sigmas(denoiser.sigmas), denoiser.info, denoiser.guider.inner_model
+    run = denoiser.model_options.get("transformer_options", {}).get(RUN, Run())
+    x = info.enter(x)
+    names = range(len(x)) if run.batch_index is None else run.batch_index
+    noise = ImageNoise(denoiser.extra_args.get("seed") or 0, names, tuple(x.shape[1:]), x.device)
+    spectrum = spectrum_for(options, info, x)
+    options = replace(options, shift=options.shift * info.time_shift(network), recipe=info.recipe)
+    with tqdm(total=len(grid) - 1, disable=disable) as bar:
+        x = sample(
+            denoiser, x, grid, options, spectrum=spectrum, noise_sampler=noise,
+            callback=reporter(bar, run.recorder, callback, info.leave), interrupt=interrupt,
+        )
+    return info.leave(check_finite(x))
+
+
+def reporter(bar, recorder, callback, leave):
+    """A solver's callback that tells recorder, progress bar and host: preview, progress and cancel hang on it."""
     def report(step) -> None:
         if recorder is not None:
             recorder(step)
         bar.update()
-        if callback is not None:  # preview, progress and cancel hang on it
-            state = {"i": step.index, "x": info.leave(step.x), "denoised": info.leave(step.denoised)}
+        if callback is not None:
+            state = {"i": step.index, "x": leave(step.x), "denoised": leave(step.denoised)}
             callback(state | {"sigma": step.sigma, "sigma_hat": step.sigma})
 
-    x = info.enter(x)
-    # Another stream than the initial noise, which comes from the seed itself.
-    noise = ImageNoise(seed + 1, range(len(x)) if batch_index is None else batch_index, tuple(x.shape[1:]), x.device)
-    spectrum = spectrum_for(options, info, x)
-    options = replace(options, shift=options.shift * info.time_shift(network), recipe=info.recipe)
-    with bar:
-        return info.leave(sample(
-            denoiser, x, grid, options, spectrum=spectrum, noise_sampler=noise,
-            inpaint=make_inpaint(model, info, extra_args, sigmas), callback=report,
-        ))
+    return report
 
+
+# ---- the spectrum ------------------------------------------------------------------------------
 
 def spectrum_for(options: SamplerOptions, info: ModelInfo | AdapterInfo, x) -> SpectrumMLP | None:
     """The spectrum network that a sampler uses, on x's device; ValueError for a latent larger than it knows."""

@@ -81,6 +81,39 @@ def test_noise_streams_are_standard_and_independent():
     assert correlation.abs().max() < 0.2  # 768 numbers each: 5.5 standard errors
 
 
+@pytest.mark.parametrize("spectral", [False, True])
+def test_a_run_cut_between_steps_goes_on_as_one(spectral):
+    """GM-SDE of order 1, one step at a time with a new noise of the same seed: the unsplit run, and no draw comes twice."""
+    prior, spectrum, sigmas, draws = ExactPrior.example(channels=3, dtype=torch.float32), None, flow_sigmas(5), []
+    if spectral:
+        spectrum = lambda gaussian: torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4).expand(4, -1, -1, -1)  # noqa: E731
+
+    def solve(x, sigmas, keep=False):
+        noise = ImageNoise(11, range(4), (3, 4, 4), "cpu")
+
+        def sampler(*step):
+            drawn = noise(*step)
+            if keep:
+                draws.append(drawn)
+            return drawn
+
+        return sample_gm_sde(prior.denoiser, x, sigmas, order=1, spectrum=spectrum, noise_sampler=sampler)
+
+    start = ImageNoise(11, range(4), (3, 4, 4), "cpu")()
+    whole, x = solve(start, sigmas), start
+    for i in range(5):
+        x = solve(x, sigmas[i : i + 2] + 2e-7 * (i % 2), keep=True)
+    torch.testing.assert_close(x, whole, atol=1e-4, rtol=0)
+    drawn = torch.cat([start.flatten(), *(d.flatten() for d in draws)]).reshape(-1, 48)  # 11 draws of 4 images
+    assert len(draws) == 10 and (torch.cdist(drawn, drawn) + 9 * torch.eye(len(drawn))).min() > 3
+
+
+def test_step_noise_does_not_depend_on_the_batch():
+    both, alone = ImageNoise(3, [4, 9], (2, 2), "cpu"), ImageNoise(3, [9], (2, 2), "cpu")
+    for step in ((), (0.5, 0.25), (0.5, 0.25), (0.25, 0.0)):
+        assert torch.equal(both(*step)[1:], alone(*step))
+
+
 def test_two_dimensional_models_take_a_count(points, tmp_path, capsys):
     code, out, _ = run(capsys, "sample", points, "--count", 100, "--steps", 1, "--substeps", 4, "--latents",
                        "--out", tmp_path)
@@ -94,6 +127,8 @@ def test_labels():
     assert parse_labels("cat\nowl", 3, ("cat", "dog", "owl")) == [0, 2]
     for text, message in (
         ("4-2", "runs backwards"), ("10", "knows 0 to 9"), (" , ", "no label given"), ("kat", r"did you mean cat\?"),
+        ("9" * 5000, r"'9+'\.\.\. \(5000 characters\) is past the last class"), ("ca\x07" * 50, r"'ca\\x07ca"),
+        ("0-9," * 200_000, "more than 1000000 labels"),
     ):
         with pytest.raises(LabelError, match=message):
             parse_labels(text, 10, ("cat", *"bcdefghij"))

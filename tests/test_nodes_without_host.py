@@ -5,6 +5,7 @@ The pack is imported under another name, as ComfyUI does it, and past nodes/__in
 
 import sys
 import types
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -69,10 +70,62 @@ def test_somebody_elses_guidance_moves_the_mixture_as_a_whole(pack, rng):
 
 
 def test_a_capture_keeps_chunks_by_conditioning(pack):
-    capture = pack("nodes.capture").Capture()
-    packed = torch.arange(24.0).reshape(6, 4)
+    x = torch.zeros(2, 3, 4, 4)
+    capture = pack("nodes.capture").Capture(x, torch.tensor([0.25, 0.25]))
+    packed = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 9, 4, 4)
     capture.add(packed, ["a", "b", "c"])
-    assert torch.equal(capture.packed["b"], packed[2:4]) and list(capture.packed) == ["a", "b", "c"]
+    assert torch.equal(capture.packed["b"], packed[2:4]) and list(capture.packed) == ["a", "b", "c"] and capture.sigma == 0.25
+    capture.add(-packed[:2], ["b"])  # a second evaluation, say of a patch that perturbs
+    assert torch.equal(capture.packed["b"], packed[2:4]) and capture.parts is None
+    capture.add(packed[:, :, :2], ["d", "e", "f"])
+    capture.add(packed[:1], ["g"])
+    assert sorted(capture.packed) == ["a", "b", "c"] and capture.parts == (1, 4, 4)
+    x.fill_(7)
+    assert not capture.x.any()  # whoever writes to x comes too late
+
+
+def test_a_missing_mixture_names_the_patch(pack):
+    capturing = pack("nodes.capture")
+    capture = capturing.Capture(torch.zeros(1, 3, 8, 8), torch.tensor([0.5]))
+    tiler = type("Tiler", (), {"__module__": "/x/custom_nodes/Some-Tiles.part"})()
+    with pytest.raises(ValueError, match=r"positive: .* at sigma 0.500; .*\(EasyCache\)"):
+        capturing.gather(capture, [], None, "positive", {}, "a GM sampler")
+    capture.add(torch.zeros(2, 9, 4, 4), ["a"])
+    with pytest.raises(ValueError, match=r"a GM sampler needs .* batch 2 x 4 x 4 of 1 x 8 x 8\) because of Tiler of Some-Tiles; remove"):
+        capturing.gather(capture, [], None, "positive", {"model_function_wrapper": tiler}, "a GM sampler")
+
+
+def test_an_option_is_placed_and_put_back(pack):
+    placed, options = pack("nodes.capture").placed, {"old": 1}
+    with pytest.raises(KeyError), placed(options, "old", 2), placed(options, "new", 3):
+        assert options == {"old": 2, "new": 3}
+        raise KeyError
+    assert options == {"old": 1}
+
+
+def test_a_shifted_guidance_keeps_its_shape(pack, rng):
+    """Tilting the moved base by the moved target gives the moved posterior: the tilt's own definition."""
+    core, mixing = pack("gmflow_core.guidance"), pack("nodes.capture")
+    guided = core.guide_probabilistic(mixture(pack, rng), mixture(pack, rng), 0.4)
+    mean = torch.randn(2, 3, 4, 4, generator=rng)
+    shifted = mixing.shifted(guided, mean)
+    torch.testing.assert_close(shifted.posterior.mean(), mean)
+    again = core.tilt_toward(shifted.base, shifted.anchor, shifted.target)
+    torch.testing.assert_close(again.mean(), mean, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.weights, shifted.posterior.weights, atol=1e-4, rtol=0)
+
+
+def test_patches_are_named(pack):
+    patches = pack("nodes.patches")
+
+    def cfg(args):
+        return args
+
+    cfg.__qualname__, cfg.__module__ = "Node.patch.<locals>.cfg", "C:\\ui\\custom_nodes\\Pack-1.nodes"
+    options = {"sampler_cfg_function": cfg, "sampler_pre_cfg_function": [cfg], "sampler_post_cfg_function": [cfg]}
+    assert patches.replacing_cfg(options) == ["Node of Pack-1"] * 2 and patches.replacing_cfg({}) == []
+    cache = type("Cache", (), {"name": "LazyCache"})()
+    assert patches.evaluating({"transformer_options": {"easycache": cache}}) == "LazyCache"
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -89,7 +142,7 @@ def test_when_guidance_acts(pack):
 @pytest.mark.parametrize("settings, message", [
     (dict(scale=1.0), r"in \[0, 1\), got 1.0"), (dict(scale=-0.1), "got -0.1"), (dict(scale=float("nan")), "got nan"),
     (dict(orthogonal=2.0), "orthogonal"), (dict(method="cfg"), "method must be one of"),
-    (dict(cfg_scale=0.5), "cfg_scale must be >= 1"), (dict(interval=(0.2, 0.8)), "start before it ends"),
+    (dict(cfg_scale=0.5), "cfg_scale must be a finite number >= 1"), (dict(interval=(0.2, 0.8)), "start before it ends"),
 ])
 def test_bad_guidance(pack, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -99,28 +152,113 @@ def test_bad_guidance(pack, settings, message):
 def test_sigmas_of_foreign_schedulers(pack):
     clean = pack("nodes.solving").clean_sigmas
     assert clean(torch.tensor([1.00001, 0.5, 0.5, 0.0])).tolist() == [1.0, 0.5, 0.0]
-    assert clean(torch.tensor([14.6, 1.0, 0.0])).tolist() == pytest.approx([14.6, 1.0, 0.0])  # the solver refuses it
+    for wrong in ([14.6, 1.0, 0.0], [0.5, 0.8, 0.0], [1.0, 0.5, -0.1], [1.0, float("nan"), 0.0]):
+        with pytest.raises(ValueError, match=r"sigmas must fall strictly within \[0, 1\], got \[.*use GMFlow Scheduler"):
+            clean(torch.tensor(wrong))
 
 
-def test_a_mask_that_depends_on_sigma_keeps_its_last_threshold_at_zero(pack, rng):
+class Guider:
+    """A guider whose network predicts one component per conditioning, as much of a host as a denoiser needs."""
+
+    def __init__(self, pack, network):
+        core = pack("gmflow_core.model.gmdit")
+        self.pack, self.network, self.conds, self.calls = core.pack_mixture, network, {"positive": [{"uuid": "p"}]}, []
+        self.watch = None
+
+    def __call__(self, x, sigma, model_options, seed=None):
+        self.calls.append((x.clone(), float(sigma[0]), model_options))
+
+        def predict(x, sigma, options, seed):
+            means = self.network(x, sigma)
+            packed = self.pack(torch.cat([means, torch.zeros_like(means[:, :1])], 1), torch.zeros(len(x), 1))
+            options["transformer_options"]["gmflow_capture"].add(packed, ["p"])
+            return x - sigma.reshape(-1, 1, 1, 1) * means
+
+        return predict(x, sigma, model_options, seed) if self.watch is None else self.watch(predict, x, sigma, model_options, seed)
+
+
+def host_denoiser(pack, config, wrapper, **extra_args):
+    """(denoiser, guider) of a host whose model is ``wrapper(guider)``."""
+    solving, space = pack("nodes.solving"), pack("gmflow_core.model").LatentSpace("rgb")
+    guider = Guider(pack, lambda x, sigma: 0.5 * x)
+    model = wrapper(guider)
+    model.inner_model = guider
+    info = pack("nodes.model_info").ModelInfo(replace(config, num_gaussians=1), None, space, None)
+    extra = {"model_options": {"transformer_options": {}}, "seed": 1, "denoise_mask": None} | extra_args
+    denoiser = solving.HostDenoiser(model, extra, info, torch.tensor([1.0, 0.0]))
+    guider.watch = denoiser.watch
+    return denoiser, guider
+
+
+def plain(guider):
+    return lambda x, sigma, denoise_mask, model_options, seed: guider(x, sigma, model_options, seed)
+
+
+def lying(guider):
+    return lambda x, sigma, denoise_mask, **rest: guider(x, 0.8 * sigma, **rest)
+
+
+def brighter(guider):
+    return lambda x, sigma, denoise_mask, **rest: guider(x, sigma, **rest) + 0.25
+
+
+def thinking(guider):
+    """Several calls, the last one counts; writes to the sampler's x."""
+    def model(x, sigma, denoise_mask, **rest):
+        guider(x + 1, sigma, **rest)
+        x.mul_(2)
+        return guider(x, sigma, **rest)
+
+    return model
+
+
+def test_what_is_wrapped_around_a_guider_acts(pack, config, rng):
+    """Against euler's rule: x_0 is what the whole model answers, whatever sigma and x the network saw."""
+    x = torch.randn(2, 3, 4, 4, generator=rng)
+    for wrapper, expected in (
+        (plain, x * (1 - 0.5 * 0.5)), (lying, x * (1 - 0.4 * 0.5)), (brighter, x * (1 - 0.5 * 0.5) + 0.25), (thinking, 2 * x * (1 - 0.5 * 0.5)),
+    ):
+        denoiser, guider = host_denoiser(pack, config, wrapper)
+        seen = x.clone()
+        guided = denoiser(seen, 0.5)
+        answer = guided.posterior.mean() if guided.blend is None else guided.blend(guided.posterior.mean())
+        torch.testing.assert_close(answer, expected)
+        assert (guided.blend is None) == (wrapper is not brighter)
+        assert torch.equal(seen, 2 * x if wrapper is thinking else x)
+        denoiser(seen, 0.25)
+        assert all(options is denoiser.model_options for *_, options in guider.calls)  # one dict, in which patches keep state
+        assert denoiser.model_options == {"transformer_options": {}}
+
+
+def test_a_guider_that_is_not_asked_is_an_error(pack, config):
+    denoiser, _ = host_denoiser(pack, config, lambda guider: lambda x, sigma, **rest: x)
+    with pytest.raises(ValueError, match="guider: it was not asked at sigma 0.500"):
+        denoiser(torch.zeros(1, 3, 4, 4), 0.5)
+
+
+def test_a_mask_may_depend_on_sigma(pack, config, rng):
+    """The host's function is asked at the sigma that the network saw; its mask is the blend's weight."""
     seen = []
 
     def threshold(sigma, mask, extra_options):
         seen.append(float(sigma[0]))
         return (mask >= sigma[0]).float()
 
-    latent, noise = torch.randn(1, 3, 2, 2, generator=rng), torch.randn(1, 3, 2, 2, generator=rng)
-    model = types.SimpleNamespace(inner_model="guider", latent_image=latent, noise=noise)
-    mask = torch.tensor([[[[0.2, 0.9], [0.2, 0.9]]]])
-    extra = {"denoise_mask": mask, "model_options": {"denoise_mask_function": threshold}}
-    inpaint = pack("nodes.solving").make_inpaint(model, extra, None)
-    x = torch.randn(1, 3, 2, 2, generator=rng)
-    out = inpaint(x, 0.5)
-    torch.testing.assert_close(out[..., 0], (0.5 * latent + 0.5 * noise)[..., 0])
-    torch.testing.assert_close(out[..., 1], x[..., 1])
-    torch.testing.assert_close(inpaint(x, 0.0)[..., 0], latent[..., 0])
-    assert seen == [0.5, 0.5]
-    assert pack("nodes.solving").make_inpaint(model, {"denoise_mask": None}, None) is None
+    latent = torch.randn(1, 3, 4, 4, generator=rng)
+    mask = torch.rand(1, 1, 4, 4, generator=rng)
+    options = {"transformer_options": {}, "denoise_mask_function": threshold}
+
+    def masking(guider):
+        def model(x, sigma, denoise_mask, model_options, seed):
+            at = threshold(0.8 * sigma, denoise_mask, None)
+            return guider(x, 0.8 * sigma, model_options, seed) * at + latent * (1 - at)
+
+        return model
+
+    denoiser, _ = host_denoiser(pack, config, masking, denoise_mask=mask, model_options=options)
+    blend = denoiser(torch.randn(1, 3, 4, 4, generator=rng), 0.5).blend
+    assert seen == pytest.approx([0.4, 0.4]) and torch.equal(blend.weight, (mask >= 0.4).float())
+    torch.testing.assert_close(blend.offset, (latent * (mask < 0.4)).expand(1, 3, 4, 4))
 
 
 # ---- labels and latents -------------------------------------------------------------------------

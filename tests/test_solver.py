@@ -1,6 +1,7 @@
 """What callers rely on, whatever the mixture: noise, batches, history, inpainting, callbacks, errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from gmflow_core import (
     GMDenoiser,
     Inpaint,
     Mixture,
+    SecondOrder,
     add_noise,
     flow_sigmas,
     sample_gm_ode,
     sample_gm_sde,
     unguided,
 )
+from gmflow_core.guidance import Blend
+from gmflow_core.solver import SolverHistory, correct
 
 PRIOR = ExactPrior.example(channels=3, dtype=torch.float32)
 SOLVERS = {
@@ -185,6 +189,111 @@ def test_inpaint_blends_where_the_mask_is_between(x, rng):
     x_0, noise = torch.randn(2, *x.shape, generator=rng)
     got = Inpaint(torch.full((1, 1, 4, 4), 0.25), x_0, noise)(x, 0.6)
     torch.testing.assert_close(got, 0.25 * x + 0.75 * (0.4 * x_0 + 0.6 * noise))
+
+
+def masked(mask, x_0, noise):
+    """A denoiser under a noise mask, as hosts treat one: x is blended for the network, and so is what comes of x_0."""
+    def denoiser(x, sigma):
+        seen = torch.lerp(add_noise(x_0, noise, sigma), x, mask)
+        return replace(PRIOR.denoiser(seen, sigma), blend=Blend(mask, (1 - mask) * x_0, seen))
+
+    return denoiser
+
+
+def blended(weight, x_0):
+    """The exact denoiser, with a blend of its x_0 and this one."""
+    return lambda x, sigma: replace(PRIOR.denoiser(x, sigma), blend=Blend(weight, (1 - weight) * x_0, x))
+
+
+@solvers
+def test_a_blend_is_one_of_x_0_once_a_step(x, rng, solver):
+    """Against its definition: x_next of the blended x_0 is (1 - m) of a step to the known x_0 and m of the solver's own."""
+    x_0, sigmas = torch.randn(x.shape, generator=rng), torch.tensor([0.8, 0.5])
+    mask = torch.rand(1, 1, 4, 4, generator=rng)
+    free = run(solver, PRIOR.denoiser, x, sigmas)
+    got = run(solver, blended(mask, x_0), x, sigmas)
+    if solver.startswith("ode"):
+        to_known = x + (x - x_0) / 0.8 * (0.5 - 0.8)
+        torch.testing.assert_close(got, mask * free + (1 - mask) * to_known, atol=1e-5, rtol=0)
+    else:  # the noise of the transition is the same, so x_next is affine in x_0
+        known, doubled = (run(solver, blended(weight, x_0), x, sigmas) for weight in (0.0, 2.0))
+        torch.testing.assert_close(got, mask * free + (1 - mask) * known, atol=1e-5, rtol=0)
+        torch.testing.assert_close(doubled, 2 * free - known, atol=1e-5, rtol=0)
+    opened = run(solver, blended(1.0, torch.zeros_like(x)), x, sigmas)
+    torch.testing.assert_close(opened, free, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_network_that_sees_another_x(x, order):
+    """Euler's rule with x_0 = what the network makes of its own x; without substeps that is the whole definition."""
+    sigmas, y, history = torch.tensor([0.9, 0.6, 0.2]), x, None
+
+    def denoiser(x, sigma):
+        return replace(PRIOR.denoiser(0.9 * x, sigma), blend=Blend(1.0, torch.zeros_like(x), 0.9 * x))
+
+    for s, s_next in ((0.9, 0.6), (0.6, 0.2)):
+        guided = PRIOR.denoiser(0.9 * y, s)
+        posterior, _ = correct(guided, 0.9 * y, s, s - s_next, history, SecondOrder())
+        history = SolverHistory(guided.posterior, 0.9 * y, s, s - s_next) if order == 2 else None
+        y = y + (y - posterior.mean()) / s * (s_next - s)
+    torch.testing.assert_close(sample_gm_ode(denoiser, x, sigmas, order=order), y, atol=1e-5, rtol=0)
+
+
+@solvers
+def test_a_known_pixel_stays_known(x, rng, solver):
+    x_0, noise = torch.randn(2, *x.shape, generator=rng)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    seen = []
+    got = run(solver, masked(mask, x_0, noise), noise.clone(), flow_sigmas(4, 3.0), callback=seen.append)
+    torch.testing.assert_close(got[..., 2:], x_0[..., 2:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen[-1].denoised[..., 2:], x_0[..., 2:], rtol=0, atol=1e-5)
+    assert not torch.isclose(got[..., :2], x_0[..., :2], atol=1e-3).all()
+
+
+@pytest.mark.parametrize("value", [0.5, 0.9, 0.98])
+def test_a_soft_mask_does_not_harden_with_substeps(rng, value):
+    """The distance to the source: Euler's by its own formula, and GM-ODE's whatever the substeps."""
+    x_0, noise = torch.randn(2, 40, 3, 4, 4, generator=rng)
+    mask, sigmas = torch.full((1, 1, 4, 4), value), flow_sigmas(8)
+    x, denoiser = noise, masked(mask, x_0, noise)
+    for s, s_next in zip(sigmas, sigmas[1:]):
+        guided = denoiser(x, float(s))
+        x = torch.lerp(guided.blend(guided.posterior.mean()), x, float(s_next / s))
+    euler = (x - x_0).abs().mean()
+    for order in (1, 2):
+        images = (sample_gm_ode(denoiser, noise, sigmas, order=order, substeps=n) for n in (1, 4, 16, 64))
+        found = [(image - x_0).abs().mean() / euler for image in images]
+        assert max(found) < 1.1 * found[0] and min(found) > 0.9 * found[0] and 0.8 < found[0] < 1.2, (order, found)
+        assert order == 2 or found[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_interrupts(x):
+    """Before every substep and every draw; what it raises ends the run there."""
+    calls = []
+
+    def third():
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    sample_gm_ode(PRIOR.denoiser, x, flow_sigmas(2), substeps=5, interrupt=lambda: calls.append(0))
+    assert len(calls) == 10
+    calls.clear()
+    sample_gm_sde(PRIOR.denoiser, x, flow_sigmas(2), interrupt=lambda: calls.append(0))
+    assert len(calls) == 2
+    for solve, settings in ((sample_gm_ode, dict(substeps=64)), (sample_gm_sde, {})):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            solve(PRIOR.denoiser, x, flow_sigmas(4), interrupt=third, **settings)
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name", ["c_a", "c_b"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_coefficients_are_finite_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0"):
+        SecondOrder(**{name: value})
 
 
 def test_inpaint_everywhere_open_changes_nothing(x):

@@ -198,7 +198,43 @@ def test_every_node_stands_in_one_group_and_on_the_canvas(name):
     for node in nodes(page):
         assert sum(inside(box(node), group_box(group)) for group in page["groups"]) == 1, node["type"]
     for thing in [box(node) for node in page["nodes"]] + [group_box(group) for group in page["groups"]]:
-        assert inside(thing, (0, 0, 4000, 3000))
+        assert inside(thing, (0, 0, 4000, 4000))
+
+
+@each
+def test_samplers_have_air_below_for_their_preview(name):
+    page = ui(name)
+    for sampler in nodes(page):
+        if "KSampler" in sampler["type"] or sampler["type"] == "SamplerCustomAdvanced":
+            x, _, right, bottom = box(sampler)
+            grown = (x, bottom, right, bottom + 260)
+            assert not any(overlap(grown, box(node)) for node in page["nodes"]), sampler["type"]
+            assert any(inside(grown, group_box(group)) for group in page["groups"])
+
+
+def crossings(page) -> int:
+    """Pairs of links from different outputs that cross, as straight lines between their sockets."""
+    by_id = {node["id"]: node for node in page["nodes"]}
+
+    def socket(number, slot, right):
+        node = by_id[number]
+        return node["pos"][0] + right * node["size"][0], node["pos"][1] + 20 * slot
+
+    lines = [(socket(a, slot, 1), socket(b, to, 0), (a, slot)) for _, a, slot, b, to, _ in page["links"]]
+
+    def side(p, q, r):
+        return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
+
+    return sum(
+        side(p, q, r) * side(p, q, s) < 0 and side(r, s, p) * side(r, s, q) < 0
+        for i, (p, q, a) in enumerate(lines) for r, s, b in lines[:i] if a != b
+    )
+
+
+# 117 and 17 with one VAE loader for all rows
+@pytest.mark.parametrize("name, most", [("guidance_sweep", 70), ("inpaint_and_img2img", 12)])
+def test_few_links_cross(name, most):
+    assert crossings(ui(name)) <= most
 
 
 @each

@@ -100,10 +100,9 @@ as Stable Diffusion's guidance does. 1 is none.
 Its **end_percent** 0.5 guides only the first half.
 """, size=(340, 500))
     group, model, positive, _, latent = start(flow, "0-9", 10)
-    vae = pixels(flow)
 
     def look(title: str, name: str, latents: Output) -> None:
-        images = enlarge(flow, latents, vae)
+        images = enlarge(flow, latents, pixels(flow))  # one for all would send its links through every row
         flow.add("SaveImage", title, size=(1560, 290), images=images, filename_prefix=f"gmflow/guidance/{name}")
 
     row = None
@@ -227,7 +226,6 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
     first = flow.group("Model", pos=(380, 0))
     model = flow.add("GMFlowLoader", model_name=DIGITS).out
     latent = flow.add("GMFlowEmptyLatent", model=model, batch_size=4).out
-    vae = pixels(flow)
 
     mask = flow.group("The mask: white is free", below=first, color=BROWN)
     keep = flow.add("SolidMask", "Keep (black)", value=0.0, width=16, height=16).out
@@ -238,7 +236,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
     classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="3")
     threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent,
                       seed=5, guidance=0.3)["latent"]
-    images = enlarge(flow, threes, vae)
+    images = enlarge(flow, threes, pixels(flow))
     flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
 
     def change(title: str, name: str, label: str, group: dict, mask: Output | None = None, **settings) -> Group:
@@ -247,7 +245,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
         start = threes if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=threes, mask=mask).out
         latents = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
                            latent_image=start, seed=5, guidance=0.3, **settings)["latent"]
-        images = enlarge(flow, latents, vae)
+        images = enlarge(flow, latents, pixels(flow))
         flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
         return row
 

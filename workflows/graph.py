@@ -11,6 +11,8 @@ import uuid
 TITLE, GAP, PAD, GROUP_TITLE = 30, 24, 20, 44   # pixels: a node's title bar, between nodes, in groups
 SLOT, WIDGET, MULTILINE = 20, 24, 90
 FOOT = 30  # newer pages write a pack's name and a button for advanced inputs under its nodes
+AIR = 260  # a preview grows a sampler by so much while it runs
+SAMPLERS = ("KSampler", "SamplerCustomAdvanced", "GMFlowKSampler", "GMFlowSamplerCustom")
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -65,9 +67,15 @@ class Node:
         self.specs = {name: spec for name, (spec, _) in specs.items()}
         self.optional = {name for name, (_, optional) in specs.items() if optional}
         self.pos, self.size = (0, 0), size or (280, self.height())
+        self.air = AIR if class_type in SAMPLERS else 0
 
     def __getitem__(self, name: str) -> Output:
         return Output(self, self.info["output_name"].index(name))
+
+    @property
+    def bottom(self) -> int:
+        """The lower edge, with the air that a preview may take."""
+        return self.pos[1] + self.size[1] + self.air
 
     @property
     def out(self) -> Output:
@@ -100,7 +108,7 @@ class Group:
     def place(self, node, under: bool) -> None:
         x, y = self.pos[0] + PAD, self.pos[1] + GROUP_TITLE + TITLE
         if self.members and (under or not self.across):
-            x, y = self.members[-1].pos[0], self.members[-1].pos[1] + self.members[-1].size[1] + GAP + TITLE
+            x, y = self.members[-1].pos[0], self.members[-1].bottom + GAP + TITLE
         elif self.members:
             x = self.right - PAD + 2 * GAP
         node.pos = (x, y)
@@ -112,7 +120,7 @@ class Group:
 
     @property
     def bottom(self) -> int:
-        return max(n.pos[1] + n.size[1] for n in self.members) + PAD
+        return max(n.bottom for n in self.members) + PAD
 
 
 class Note:

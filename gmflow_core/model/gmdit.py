@@ -117,7 +117,10 @@ class GMOutput(nn.Module):
 
 
 class GMDiT(nn.Module):
-    """x_t (B,C,H,W), sigma (B,), labels (B,) int64 -> packed velocity mixture (B, K(C+1)+1, H, W)."""
+    """x_t (B,C,H,W), sigma (B,), labels (B,) int64 -> packed velocity mixture (B, K(C+1)+1, H, W).
+
+    Further keyword arguments of ``forward`` go to the attention function.
+    """
 
     def __init__(self, config: GMDiTConfig, *, operations=nn, attention=sdpa, dtype=None, device=None):
         super().__init__()
@@ -133,7 +136,7 @@ class GMDiT(nn.Module):
         self.proj_out_2 = operations.Linear(width, p * p * k * (c + 1), dtype=dtype, device=device)
         self.gm_out = GMOutput(config, *build)
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor, **options) -> Tensor:
         config = self.config
         p = config.patch_size
         height, breadth = x.shape[-2] // p, x.shape[-1] // p
@@ -144,7 +147,7 @@ class GMDiT(nn.Module):
         embedding = self.emb(sigma, labels, x.dtype)                            # (B,D)
         tokens = self.pos_embed(x, self.positions(height, breadth, x.device))   # (B,N,D)
         for block in self.transformer_blocks:
-            tokens = block(tokens, embedding)
+            tokens = block(tokens, embedding, **options)
         shift, scale = self.proj_out_1(F.silu(embedding)).chunk(2, dim=-1)
         tokens = self.proj_out_2(modulate(tokens, shift, scale, eps=1e-6))      # (B,N,p p K(C+1))
         grid = tokens.unflatten(1, (height, breadth)).unflatten(-1, (p, p, -1))

@@ -134,8 +134,9 @@ class Attention(nn.Module):
         )
         self.to_out = nn.ModuleList([operations.Linear(width, width, dtype=dtype, device=device)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_out[0](self.attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads))
+    def forward(self, x: Tensor, **options) -> Tensor:
+        """(B,N,D); ``options`` are for the attention function."""
+        return self.to_out[0](self.attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads, **options))
 
 
 class _GELU(nn.Module):
@@ -173,8 +174,8 @@ class DiTBlock(nn.Module):
         self.attn1 = Attention(width, heads, attention, operations, dtype, device)
         self.ff = FeedForward(width, operations, dtype, device)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, **options) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.norm1(embedding)
-        x = x + gate_a.unsqueeze(1) * self.attn1(modulate(x, shift_a, scale_a, eps=1e-6))
+        x = x + gate_a.unsqueeze(1) * self.attn1(modulate(x, shift_a, scale_a, eps=1e-6), **options)
         # 1e-5 here and 1e-6 above is what the published weights were trained with.
         return x + gate_f.unsqueeze(1) * self.ff(modulate(x, shift_f, scale_f, eps=1e-5))

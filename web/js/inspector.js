@@ -49,21 +49,34 @@ async function load(filename) {
   return parse(await answer.arrayBuffer());
 }
 
-// A safetensors file: the length of a JSON header, the header, the tensors.
+// A safetensors file: the length of a JSON header, the header, the tensors. Anybody may have written it: shapes must
+// fit the lengths, and what goes into styles are numbers.
 function parse(buffer) {
   const length = Number(new DataView(buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
-  const tensor = (name) => {
-    const { dtype, shape, data_offsets: [start, end] } = header[name];
+  const shape = header.means.shape;
+  if (shape.length !== 4 || !shape.every((n) => Number.isInteger(n) && n > 0)) throw new Error(`means of shape ${shape}`);
+  const [height, width, count, channels] = shape, pixels = height * width;
+  const values = (name, size) => {
+    const { dtype, data_offsets: [start, end] } = header[name];
     const bytes = buffer.slice(8 + length + start, 8 + length + end);
-    return { shape, values: dtype === "F16" ? Float32Array.from(new Uint16Array(bytes), half) : new Uint8Array(bytes) };
+    const found = dtype === "F16" ? Float32Array.from(new Uint16Array(bytes), half) : new Uint8Array(bytes);
+    if (found.length !== size) throw new Error(`${name} holds ${found.length} values, not ${size}`);
+    return found;
   };
-  const [height, width, count, channels] = tensor("means").shape;
-  const values = (name) => tensor(name).values;
+  const said = JSON.parse(header.__metadata__.gmflow_pixels);
   return {
-    ...JSON.parse(header.__metadata__.gmflow_pixels), height, width, count, channels,
-    weights: values("weights"), means: values("means"), entropy: values("entropy"), rgb: values("rgb"),
+    height, width, count, channels, title: String(said.title), parts: String(said.parts),
+    components: Number(said.components), std: Number(said.std), bits: Number(said.bits),
+    colours: Array.from({ length: count }, (_, k) => [0, 1, 2].map((c) => byte(said.colours[k][c]))),
+    weights: values("weights", pixels * count), means: values("means", pixels * count * channels),
+    entropy: values("entropy", pixels), rgb: values("rgb", 3 * pixels * (1 + count)),
   };
+}
+
+function byte(value) {
+  const number = Math.round(Number(value));
+  return Number.isFinite(number) ? Math.max(0, Math.min(255, number)) : 0;
 }
 
 function half(bits) {

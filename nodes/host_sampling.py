@@ -1,0 +1,175 @@
+"""The border to ComfyUI, second part: guiders and samplers.
+
+GM samplers and the GM guider read a model's mixtures from a :class:`~.capture.Capture`; everything else in
+ComfyUI sees a flow model, its guidance and its samplers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..gmflow_core import Guided
+from ..gmflow_core.sampler import SamplerOptions
+from .capture import CAPTURE, Capture, capturing, followed, gather, guided_by_mean, placed, shifted
+from .guidance import Guidance
+from .host import GMFlowModel, known, require_gmflow
+from .model_info import ModelInfo, check_size, null_conditioning
+from .patches import replacing_cfg
+from .solving import RUN, HostDenoiser, Run, check_finite, check_sigmas, model_info, solve
+
+INSTEAD = 'use GMFlow Guider\'s method "vanilla CFG" or the core\'s CFGGuider with it'
+PREDICT_NOISE = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+
+
+def tell(text: str) -> None:
+    """One warning line: in the log, and under the executing node."""
+    logging.warning("GMFlow: %s", text)
+    context, page = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is not None and page is not None:
+        page.send_progress_text(text, context.node_id)
+
+
+# ---- guidance ----------------------------------------------------------------------------------
+
+class GMFlowGuider(comfy.samplers.CFGGuider):
+    """Probabilistic guidance: GM samplers get the guided mixture, others its mean. Vanilla CFG is the core's own."""
+
+    guidance, told = Guidance(), False
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        options, info = {} if model_options is None else model_options, model_info(self)
+        capture = Capture(info.enter(x), timestep)
+        acts = self.guidance.acts_at(capture.sigma)
+        if self.guidance.vanilla:
+            return comfy.samplers.sampling_function(
+                self.inner_model, x, timestep, self.conds.get("negative"), self.conds["positive"],
+                self.cfg if acts else 1.0, model_options=options, seed=seed,
+            )
+        if self.cfg != 1.0 and not self.told:  # somebody set it (CFGOverride)
+            self.told = True
+            tell(f"a patch sets the CFG scale to {self.cfg:g}, which does nothing with probabilistic guidance; "
+                 f"{INSTEAD}")
+        outer = options.get("transformer_options", {}).get(CAPTURE)  # a GM sampler's
+        with capturing(options, capture):
+            guided = self.guided(["positive", "negative"] if acts else ["positive"], x, timestep, options, capture)
+        if outer is not None:
+            outer.guided = guided
+        return info.leave(guided.posterior.mean())
+
+    def guided(self, roles: list[str], x, timestep, options: dict, capture: Capture) -> Guided:
+        """The mixtures of these roles, guided, and what other nodes' post-CFG functions (PAG, ...) make of the mean."""
+        conds, info = [self.conds[role] for role in roles], model_info(self)
+        means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        posteriors = [
+            followed(gather(capture, cond, info, role, options, "the GMFlow Guider"), info.enter(mean))
+            for cond, role, mean in zip(conds, roles, means)
+        ]
+        cond = posteriors[0]
+        guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(cond, cond.mean())
+        if not options.get("sampler_post_cfg_function"):
+            return guided
+        mean = info.leave(guided.posterior.mean())
+        with placed(options, "sampler_cfg_function", lambda args: x - mean):  # in place: they keep state in the options
+            patched = comfy.samplers.cfg_function(
+                self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0],
+                uncond=conds[-1],
+            )
+        return shifted(guided, info.enter(patched))
+
+
+def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
+    """A GUIDER of a GMFlow model. ``negative`` None is the null label, or no guidance for texts, which have none."""
+    info, guider = require_gmflow(model), GMFlowGuider(model)
+    if negative is not None:
+        guider.set_conds(positive, negative)
+    elif isinstance(info, ModelInfo):
+        guider.set_conds(positive, null_conditioning(info.config))
+    else:
+        if guidance.acts_at(guidance.interval[0]):
+            tell(f"no negative is connected, and {info.family.name} has no null label: sampling without guidance")
+        guider.inner_set_conds({"positive": positive})
+        guidance = replace(guidance, scale=0.0, cfg_scale=1.0)
+    guider.set_cfg(guidance.cfg_scale if guidance.vanilla else 1.0)
+    guider.guidance = guidance
+    replacing = replacing_cfg(model.model_options)
+    if replacing and not guidance.vanilla:
+        tell(f"{', '.join(replacing)} replaces classifier-free guidance and does nothing with probabilistic guidance; "
+             f"{INSTEAD}")
+    return guider
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+@contextmanager
+def watching(denoiser: HostDenoiser) -> Iterator[None]:
+    """The denoiser watches its guider, closest to the network of all that is wrapped around a guider's call."""
+    options = denoiser.guider.model_options
+    comfy.patcher_extension.add_wrapper_with_key(PREDICT_NOISE, CAPTURE, denoiser.watch, options, is_model_options=True)
+    try:
+        yield
+    finally:
+        options["transformer_options"]["wrappers"][PREDICT_NOISE].pop(CAPTURE)
+
+
+@torch.no_grad()
+def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions):
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler: its latent at sigmas[0] to that at the last; ``model`` wraps a guider."""
+    denoiser = HostDenoiser(model, extra_args or {}, model_info(model.inner_model), sigmas)
+    interrupt = comfy.model_management.throw_exception_if_processing_interrupted
+    with watching(denoiser):
+        return solve(denoiser, x, options, callback, disable, interrupt)
+
+
+def make_sampler(options: SamplerOptions):
+    """A SAMPLER for every node that takes one."""
+    return comfy.samplers.KSAMPLER(sample_gm, {"options": options})
+
+
+class SeedNoise:
+    """NOISE of a seed, the same as the core's nodes draw."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def generate_noise(self, latent: dict):
+        return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
+
+
+def canvas(patcher, latent: dict) -> dict:
+    """The latent with the model's channels and size, as the core's nodes make it; ValueError if it is too large."""
+    ratios = {name: latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    samples = latent["samples"]
+    if isinstance(patcher.model, GMFlowModel) and not getattr(samples, "is_nested", False):
+        scale = (ratios["downscale_ratio_spacial"] or 1) / (patcher.model.latent_format.spacial_downscale_ratio or 1)
+        check_size(patcher.model.gmflow, [int(n * min(1, scale)) for n in samples.shape[2:]])
+    samples = known(comfy.sample.fix_empty_latent_channels, patcher, samples, **ratios)
+    return {name: value for name, value in latent.items() if name not in ratios} | {"samples": samples}
+
+
+def run(noise, guider, sampler, sigmas, latent: dict, recorder=None) -> tuple[dict, dict]:
+    """Sample as the core's advanced custom sampler does: (latent, denoised latent)."""
+    check_sigmas(sigmas)
+    patcher, last = guider.model_patcher, {}
+    latent = canvas(patcher, latent)
+    options = guider.model_options.setdefault("transformer_options", {})
+    with placed(options, RUN, Run(latent.get("batch_index"), recorder)):
+        result = guider.sample(
+            noise.generate_noise(latent), latent["samples"], sampler, sigmas, denoise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(patcher, len(sigmas) - 1, last),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=noise.seed,
+        ).to(comfy.model_management.intermediate_device())
+    denoised = patcher.model.process_latent_out(last["x0"].cpu()) if "x0" in last else result
+    return latent | {"samples": check_finite(result)}, latent | {"samples": denoised}
