@@ -28,7 +28,6 @@ from .foreign import (
     read_training,
     strip_prefix,
     without_wrapper_prefixes,
-    wrapped_part,
 )
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig, SpectrumMLP
 from .pickles import is_pickle
@@ -40,7 +39,8 @@ __all__ = [
 
 FORMAT = 1
 SPECTRUM = "spectrum."
-DESCRIPTION = "gmflow.description"  # the metadata as a tensor of bytes, in files that ComfyUI's save nodes write
+DESCRIPTION = "gmflow.description"   # the metadata as a tensor of bytes, in files that ComfyUI's save nodes write
+SAVED = "model.diffusion_model."     # what these put before a network's names
 CONFIGS = {"gmdit": GMDiTConfig, "gmmlp": GMMLPConfig}
 NETWORKS = {GMDiTConfig: GMDiT, GMMLPConfig: GMMLP, SpectrumConfig: SpectrumMLP}
 
@@ -271,9 +271,7 @@ def _read_described(path: Path, state: State) -> RawCheckpoint:
         text = bytes(state[DESCRIPTION].to(torch.uint8).tolist()).decode()
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: its tensor {DESCRIPTION} is no text ({one_line(error)})") from error
-    spectrum = {key: value for key, value in state.items() if key.startswith(SPECTRUM)}
-    rest = {key: value for key, value in state.items() if key != DESCRIPTION and key not in spectrum}
-    return _read_own(path, without_wrapper_prefixes(wrapped_part(rest), path) | spectrum, text)
+    return _read_own(path, {key: value for key, value in state.items() if key.startswith((SAVED, SPECTRUM))}, text)
 
 
 def _read_own(path: Path, state: State, description: str) -> RawCheckpoint:

@@ -24,8 +24,8 @@ def parse_labels(
     """"0, 1, 2-9" or class names, separated by commas or line breaks, to class indices in that order.
 
     ``7`` and ``2-9`` are indices, unless a class is called so: then a text that means two classes is refused.
-    ``#7`` is always the index, ``"7"`` in quotes always the name. LabelError for anything else, and for more than
-    ``most`` labels.
+    ``#7`` is always the index, ``"7"`` in quotes always the name. LabelError for anything else,
+    and for more than ``most`` labels.
     """
     names = {_plain(name): i for i, name in reversed(list(enumerate(class_names or ())))}
     if _plain(text) in names and not re.fullmatch(_INDEX, text.strip()):  # a name may hold commas
@@ -74,7 +74,8 @@ def _named(name: str, names: dict[str, int], num_classes: int) -> int:
 
 
 def _nearest(part: str, names: dict[str, int]) -> str:
-    near = get_close_matches(part[:200].lower(), names, n=3, cutoff=0.5)
+    short = [name for name in names if len(name) <= 200]  # a file may hold names of megabytes
+    near = get_close_matches(part[:200].lower(), short, n=3, cutoff=0.5)
     return f" (did you mean {', '.join(shown(name, 60) for name in near)}?)" if near else ""
 
 

@@ -13,9 +13,10 @@ TICK = 1e-6  # sigmas closer than this are the same step
 class ImageNoise:
     """Standard normal noise of images: the same image in any batch, on any device and in any part of a split run.
 
-    ``noise()`` is the initial noise, (B,C,*S), from (seed, image index). ``noise(sigma, sigma_next)``, as a solver calls
-    it, draws from (seed, image index, sigma): calls of one sigma in a row continue one stream, and a run that is cut
-    between two steps goes on as if it were not. ``shape`` is one image's (C,*S). Drawn on the CPU whatever ``device`` is.
+    ``noise()`` is the initial noise, (B,C,*S), from (seed, image index). ``noise(sigma, sigma_next)``, as a solver
+    calls it, draws from (seed, image index, sigma): calls of one sigma in a row continue one stream, and a run that is
+    cut between two steps goes on as if it were not. ``shape`` is one image's (C,*S). Drawn on the CPU, whatever
+    ``device`` is.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device):
@@ -27,7 +28,8 @@ class ImageNoise:
         """One generator per image; ``tick`` 0 is the initial noise, every step has its own."""
         # Streams of neighbouring (seed, index, tick) must not overlap: spread them over 63 bits.
         mixed = self.seed * 0x9E3779B97F4A7C15 + tick * 0x94D049BB133111EB
-        return [torch.Generator().manual_seed((mixed + index * 0xBF58476D1CE4E5B9) % (1 << 63)) for index in self.indices]
+        seeds = [(mixed + index * 0xBF58476D1CE4E5B9) % (1 << 63) for index in self.indices]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, sigma: float | None = None, sigma_next: float | None = None) -> Tensor:
         step = None if sigma is None else 1 + round(sigma / TICK)

@@ -1,4 +1,4 @@
-"""The one place that knows devices without some of PyTorch's kernels (MPS, DirectML): what they lack runs on the CPU."""
+"""The one place that knows of devices without some of PyTorch's kernels (MPS, DirectML): the CPU does it."""
 
 from __future__ import annotations
 

@@ -77,7 +77,6 @@ class SecondOrder:
     r"""Coefficients of the second-order correction, and its optional fixed-point steps.
 
     The difference of means is trusted by sqrt(max(0, 1 - v_c ((w c_b)^2 + c_a) / h_prev^2)).
-    ValueError for a coefficient that is negative or no finite number.
     """
 
     c_a: float = 0.005
@@ -175,9 +174,8 @@ def sample_gm_ode(
     ``interrupt`` is called before every substep and may raise.
     """
 
-    def advance(
-        start: Tensor, posterior: Mixture, target: Gaussian, step: int, sigma: float, sigma_next: float, blend
-    ) -> Tensor:
+    def advance(start: Tensor, blend: Blend | None, posterior: Mixture, target: Gaussian, step: int, sigma: float,
+                sigma_next: float) -> Tensor:
         grid, x = substep_sigmas(sigma, sigma_next, counts[step], shift), seen(start, blend)
         later = Reanchoring(posterior, x, sigma, grid[1:-1]) if len(grid) > 2 else None
         for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
@@ -219,9 +217,8 @@ def sample_gm_sde(
     if noise_sampler is None:
         noise_sampler = lambda sigma, sigma_next: torch.randn_like(x)  # noqa: E731
 
-    def advance(
-        x: Tensor, posterior: Mixture, target: Gaussian, step: int, sigma: float, sigma_next: float, blend
-    ) -> Tensor:
+    def advance(x: Tensor, blend: Blend | None, posterior: Mixture, target: Gaussian, step: int, sigma: float,
+                sigma_next: float) -> Tensor:
         if interrupt is not None:
             interrupt()
         z = noise_sampler(sigma, sigma_next)
@@ -254,7 +251,7 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
         if callback is not None:
             callback(StepInfo(i, len(grid) - 1, sigma, sigma_next, x, guided, posterior))
         history = SolverHistory(guided.posterior, at, sigma, step) if order == 2 else None
-        x = advance(x, posterior, target, i, sigma, sigma_next, guided.blend)
+        x = advance(x, guided.blend, posterior, target, i, sigma, sigma_next)
         if inpaint is not None:
             x = inpaint(x, sigma_next)
     return x
@@ -270,7 +267,7 @@ def per_step(name: str, value: float | Sequence[float], steps: int) -> Sequence[
 
 
 def check_sigmas(sigmas: Tensor) -> list[float]:
-    """The sigmas as floats, or ValueError: at least two, falling strictly, within [0, 1], 0 or no less than SMALLEST."""
+    """The sigmas as floats, or ValueError: at least two, falling strictly in [0, 1], 0 or no less than SMALLEST."""
     grid = [float(s) for s in sigmas]
     if len(grid) < 2:
         raise ValueError(f"sigmas must hold at least two values (one step), got {grid}")

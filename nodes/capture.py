@@ -24,7 +24,7 @@ ROUNDING = 1e-4              # of a mean that the host computes beside ours
 
 
 class Capture:
-    """One call of a guider: x (B,C,*S) and sigma as it got them, and the network's mixtures by the id of their conditioning.
+    """One call of a guider: x (B,C,*S), in the mixture's space, and sigma as it got them; mixtures by conditioning.
 
     Of several evaluations for one id the first counts: patches that evaluate again, perturbed or on parts, come after
     the guider's own. Evaluations of another size than x are only noted. A host may evaluate in several threads.
@@ -32,7 +32,7 @@ class Capture:
 
     def __init__(self, x: Tensor, timestep: Tensor) -> None:
         self.x, self.sigma = x.float().clone(), float(timestep.flatten()[0])  # a patch may write to x later
-        self.packed: dict[object, Tensor] = {}
+        self.packed: dict[object, Tensor] = {}      # id -> means, logits and log_std in one tensor
         self.parts: tuple[int, ...] | None = None   # shape of an evaluation of another size
         self.guided: Guided | None = None           # if a guider made it
         self.mean: Tensor | None = None             # what the guider answered
@@ -102,10 +102,10 @@ def _absent(capture: Capture, model_options: dict) -> str:
     if capture.parts is not None:
         got, whole = (f"{shape[0]} x {' x '.join(map(str, shape[1:]))}" for shape in
                       (capture.parts, (len(capture.x), *capture.x.shape[2:])))
-        return (f"the network saw parts (batch {got} of {whole}) because of {patches or 'a patch'}; remove that node, or use "
-                "a core sampler with a core guider")
-    return (f"the network was not asked for it at sigma {capture.sigma:.3f}; a conditioning without a range for this step, or a "
-            f"patch that skips the network ({patches or 'EasyCache'}), does not go with it")
+        return (f"the network saw parts (batch {got} of {whole}) because of {patches or 'a patch'}; remove that node, "
+                "or use a core sampler with a core guider")
+    return (f"the network was not asked for it at sigma {capture.sigma:.3f}; a conditioning without a range for this "
+            f"step, or a patch that skips the network ({patches or 'EasyCache'}), does not go with it")
 
 
 def pool(mixtures: Sequence[Mixture], strengths: Sequence[float]) -> Mixture:
@@ -130,7 +130,7 @@ def moved(posterior: Mixture, mean: Tensor) -> GaussianMixture:
 
 
 def followed(posterior: Mixture, mean: Tensor) -> Mixture:
-    """The posterior, moved to the host's ``mean`` if a patch changed the network's answer after the mixture was handed over."""
+    """The posterior, moved to the host's ``mean`` if a patch changed the network's answer past the hand-over."""
     return posterior if torch.allclose(posterior.mean(), mean, ROUNDING, ROUNDING) else moved(posterior, mean)
 
 

@@ -1,4 +1,4 @@
-"""The border to ComfyUI: no module of this pack but this one and host_sampling touches its internals. Here: the MODEL.
+"""The border to ComfyUI: only this module, host_sampling and host_adapter touch its internals. Here: the MODEL.
 
 It is an ordinary ComfyUI model whose network predicts a mixture and returns its mean; a
 :class:`Capture` in ``transformer_options`` receives the mixture itself, packed in one tensor. GM
@@ -103,8 +103,8 @@ class GMFlowModel(comfy.model_base.BaseModel):
         )
         if len(labels) not in (1, len(noise)):
             raise ValueError(
-                f"{role}: {len(labels)} labels for a batch of {len(noise)} images; give one label, or one for each image "
-                "(batch_size of the empty latent)"
+                f"{role}: {len(labels)} labels for a batch of {len(noise)} images; give one label, or one for each "
+                "image (batch_size of the empty latent)"
             )
         return {"labels": comfy.conds.CONDRegular(labels.to(kwargs["device"]))}
 
@@ -132,7 +132,8 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
 
     def __init__(self, channels: int):
         self.latent_channels = channels
-        self.latent_rgb_factors = [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]] if channels == 3 else [[1.0, 1.0, 1.0]] * channels
+        rgb = [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]
+        self.latent_rgb_factors = rgb if channels == 3 else [[1.0, 1.0, 1.0]] * channels
 
 
 class ScaledLatent(comfy.latent_formats.SD15):
@@ -206,19 +207,20 @@ def model_path(name: str) -> str:
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         folders = folder_paths.get_folder_paths(FOLDER)
-        folder = next((folder for folder in folders if Path(folder).name == FOLDER), folders[0])  # the first may be the old "unet"
-        raise ValueError(f"model_name: there is no {shown(repr(name))} in {folder}; put a GMFlow checkpoint there and refresh the page, or "
-                         "choose another one of the list")
+        folder = next((folder for folder in folders if Path(folder).name == FOLDER), folders[0])  # not the old "unet"
+        raise ValueError(f"model_name: there is no '{shown(name)}' in {folder}; put a GMFlow checkpoint there and "
+                         "refresh the page, or choose another one of the list")
     return path
 
 
 def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """Read any GMFlow checkpoint into a ModelPatcher. CheckpointError for every other file, before anything is built."""
+    """Read any GMFlow checkpoint into a ModelPatcher. CheckpointError for other files, before anything is built."""
     if weight_dtype not in WEIGHT_DTYPES:  # 0.3.64 passes any text
         raise ValueError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")
     raw = read_state(path)
     if not isinstance(raw.config, GMDiTConfig):
-        raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; see python -m gmflow_core sample")
+        raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; "
+                              "see python -m gmflow_core sample")
     spectrum = None
     if raw.spectrum_config is not None:
         spectrum = build_network(raw.spectrum_config, raw.spectrum_state, "cpu", torch.float32, path)
@@ -267,16 +269,17 @@ def require_gmflow(model, name: str = "model") -> ModelInfo | AdapterInfo:
         return attached
     inner = getattr(model, "model", None)
     if not isinstance(inner, GMFlowModel):
-        raise ValueError(f"{name}: this is a {type(inner).__name__} model, not a GMFlow one; load one with GMFlow Loader, "
-                         "or give FLUX.1, FLUX.2 or Qwen-Image an adapter with GMFlow Apply Adapter")
+        raise ValueError(f"{name}: this is a {type(inner).__name__} model, not a GMFlow one; load one with GMFlow "
+                         "Loader, or give FLUX.1, FLUX.2 or Qwen-Image an adapter with GMFlow Apply Adapter")
     return inner.gmflow
 
 
 def require_classes(model, instead: str) -> ModelInfo:
-    """The ModelInfo of a MODEL that paints classes; ValueError for any other, which names the node to use ``instead``."""
+    """The ModelInfo of a MODEL that paints classes; ValueError for others, which names the node to use ``instead``."""
     info = require_gmflow(model)
     if isinstance(info, AdapterInfo):
-        raise ValueError(f"model: this is {info.family.name} with an adapter, which paints texts; use {instead} instead")
+        raise ValueError(f"model: this is {info.family.name} with an adapter, which paints texts; "
+                         f"use {instead} instead")
     return info
 
 
@@ -298,5 +301,6 @@ def shift_of(sampling) -> float:
     """The m of a flow's model sampling; ValueError for a patch that makes the model something else."""
     half = float(sampling.percent_to_sigma(0.5))  # m / (m + 1), whatever the patch calls its parameter
     if not isinstance(sampling, comfy.model_sampling.CONST) or not 0 < half < 1:
-        raise ValueError("model: a ModelSampling node makes it another kind of model, and GMFlow models are flows; remove that node")
+        raise ValueError("model: a ModelSampling node makes it another kind of model, "
+                         "and GMFlow models are flows; remove that node")
     return half / (1 - half)

@@ -21,6 +21,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..gmflow_core import Guided
 from ..gmflow_core.sampler import SamplerOptions
 from .capture import CAPTURE, Capture, capturing, followed, gather, guided_by_mean, placed, shifted
 from .guidance import Guidance
@@ -44,52 +45,54 @@ def tell(text: str) -> None:
 # ---- guidance ----------------------------------------------------------------------------------
 
 class GMFlowGuider(comfy.samplers.CFGGuider):
-    """Probabilistic guidance for any sampler: GM samplers get the guided mixture, others its mean. Vanilla CFG is the core's own."""
+    """Probabilistic guidance: GM samplers get the guided mixture, others its mean. Vanilla CFG is the core's own."""
 
     guidance, told = Guidance(), False
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
-        info, options = model_info(self), {} if model_options is None else model_options
+        options, info = {} if model_options is None else model_options, model_info(self)
         capture = Capture(info.enter(x), timestep)
         acts = self.guidance.acts_at(capture.sigma)
         if self.guidance.vanilla:
             return comfy.samplers.sampling_function(
-                self.inner_model, x, timestep, self.conds.get("negative"), self.conds["positive"], self.cfg if acts else 1.0,
-                model_options=options, seed=seed,
+                self.inner_model, x, timestep, self.conds.get("negative"), self.conds["positive"],
+                self.cfg if acts else 1.0, model_options=options, seed=seed,
             )
         if self.cfg != 1.0 and not self.told:  # somebody set it (CFGOverride)
             self.told = True
-            tell(f"a patch sets the CFG scale to {self.cfg:g}, which does nothing with probabilistic guidance; {INSTEAD}")
+            tell(f"a patch sets the CFG scale to {self.cfg:g}, which does nothing with probabilistic guidance; "
+                 f"{INSTEAD}")
         outer = options.get("transformer_options", {}).get(CAPTURE)  # a GM sampler's
         with capturing(options, capture):
-            guided = self.guided(["positive", "negative"] if acts else ["positive"], timestep, options, capture, x)
+            guided = self.guided(["positive", "negative"] if acts else ["positive"], x, timestep, options, capture)
         if outer is not None:
             outer.guided = guided
         return info.leave(guided.posterior.mean())
 
-    def guided(self, roles: list[str], timestep, options: dict, capture: Capture, x):
-        """The mixtures of these roles, guided, and what post-CFG functions of other nodes (PAG, ...) make of their mean."""
-        conds = [self.conds[role] for role in roles]
-        info, means = model_info(self), comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+    def guided(self, roles: list[str], x, timestep, options: dict, capture: Capture) -> Guided:
+        """The mixtures of these roles, guided, and what other nodes' post-CFG functions (PAG, ...) make of the mean."""
+        conds, info = [self.conds[role] for role in roles], model_info(self)
+        means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
         posteriors = [
             followed(gather(capture, cond, info, role, options, "the GMFlow Guider"), info.enter(mean))
             for cond, role, mean in zip(conds, roles, means)
         ]
-        guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(posteriors[0], posteriors[0].mean())
+        cond = posteriors[0]
+        guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(cond, cond.mean())
         if not options.get("sampler_post_cfg_function"):
             return guided
         mean = info.leave(guided.posterior.mean())
-        with placed(options, "sampler_cfg_function", lambda args: x - mean):  # in place: such functions keep state in the options
-            mean = comfy.samplers.cfg_function(
-                self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0], uncond=conds[-1]
+        with placed(options, "sampler_cfg_function", lambda args: x - mean):  # in place: they keep state in the options
+            patched = comfy.samplers.cfg_function(
+                self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0],
+                uncond=conds[-1],
             )
-        return shifted(guided, info.enter(mean))
+        return shifted(guided, info.enter(patched))
 
 
 def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
-    """A GUIDER of a GMFlow model; ``negative`` None is the null label, or no guidance of a model of texts, which has none."""
-    info = require_gmflow(model)
-    guider = GMFlowGuider(model)
+    """A GUIDER of a GMFlow model. ``negative`` None is the null label, or no guidance for texts, which have none."""
+    info, guider = require_gmflow(model), GMFlowGuider(model)
     if negative is not None:
         guider.set_conds(positive, negative)
     elif isinstance(info, ModelInfo):
@@ -103,7 +106,8 @@ def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
     guider.guidance = guidance
     replacing = replacing_cfg(model.model_options)
     if replacing and not guidance.vanilla:
-        tell(f"{', '.join(replacing)} replaces classifier-free guidance and does nothing with probabilistic guidance; {INSTEAD}")
+        tell(f"{', '.join(replacing)} replaces classifier-free guidance and does nothing with probabilistic guidance; "
+             f"{INSTEAD}")
     return guider
 
 
@@ -122,10 +126,11 @@ def watching(denoiser: HostDenoiser) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions):
-    """GM-ODE or GM-SDE as ComfyUI calls a sampler: x (B,C,H,W) at sigmas[0] to x at sigmas[-1]; ``model`` wraps a guider."""
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler: its latent at sigmas[0] to that at the last; ``model`` wraps a guider."""
     denoiser = HostDenoiser(model, extra_args or {}, model_info(model.inner_model), sigmas)
+    interrupt = comfy.model_management.throw_exception_if_processing_interrupted
     with watching(denoiser):
-        return solve(denoiser, x, options, callback, disable, comfy.model_management.throw_exception_if_processing_interrupted)
+        return solve(denoiser, x, options, callback, disable, interrupt)
 
 
 def make_sampler(options: SamplerOptions):
@@ -144,7 +149,7 @@ class SeedNoise:
 
 
 def canvas(patcher, latent: dict) -> dict:
-    """The latent with the model's channels and size, as the core's nodes make it; ValueError for one that is too large to begin with."""
+    """The latent with the model's channels and size, as the core's nodes make it; ValueError if it is too large."""
     ratios = {name: latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
     samples = latent["samples"]
     if isinstance(patcher.model, GMFlowModel) and not getattr(samples, "is_nested", False):

@@ -56,17 +56,18 @@ def check_latent(info: ModelInfo, noise, latent) -> None:
         )
     check_size(info, size)
     if latent is not None and not torch.isfinite(latent).all():
-        raise ValueError("latent: it holds NaN or infinite values; the node that made it failed (a VAE in half precision?)")
+        raise ValueError("latent: it holds NaN or infinite values; "
+                         "the node that made it failed (a VAE in half precision?)")
 
 
 def check_size(info: ModelInfo, size: Sequence[int]) -> None:
-    """ValueError for a latent much larger than what the model was trained on. Nothing is computed: it may be huge."""
-    config = info.config
-    if max(size) > MOST_TIMES * config.sample_size:
+    """ValueError for a latent much larger than the model was trained on. Nothing is computed: it may be huge."""
+    trained = info.config.sample_size
+    if max(size) > MOST_TIMES * trained:
         raise ValueError(
-            f"latent: {' x '.join(map(str, size))} is {max(size) / config.sample_size:.3g} times the "
-            f"{config.sample_size} x {config.sample_size} that this model was trained at, and more than {MOST_TIMES} "
-            "times is no picture and takes forever; GMFlow Empty Latent makes one"
+            f"latent: {' x '.join(map(str, size))} is {max(size) / trained:.3g} times the {trained} x {trained} "
+            f"that this model was trained at, and more than {MOST_TIMES} times is no picture and takes forever; "
+            "GMFlow Empty Latent makes one"
         )
 
 

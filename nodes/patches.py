@@ -11,7 +11,8 @@ def named(thing) -> str:
     described = thing if hasattr(thing, "__qualname__") else type(thing)
     name = described.__qualname__.split(".")[0]
     module = getattr(described, "__module__", "") or ""
-    module = module.replace("\\", "/").rpartition("custom_nodes/")[2].partition(".")[0] if "custom_nodes" in module else module
+    if "custom_nodes" in module:
+        module = module.replace("\\", "/").rpartition("custom_nodes/")[2].partition(".")[0]
     return f"{name} of {module}" if module else name
 
 
@@ -27,6 +28,7 @@ def replacing_cfg(model_options: dict) -> list[str]:
 def evaluating(model_options: dict) -> str:
     """The patches that decide how often, on what and whether the network is evaluated; empty if there are none."""
     transformer_options = model_options.get("transformer_options", {})
-    things = [model_options.get(key) for key in ("context_handler", "model_function_wrapper", "sampler_calc_cond_batch_function")]
+    keys = ("context_handler", "model_function_wrapper", "sampler_calc_cond_batch_function")
+    things = [model_options.get(key) for key in keys]
     things += [transformer_options.get(key) for key in SKIPPING]
     return ", ".join(getattr(thing, "name", None) or named(thing) for thing in things if thing is not None)

@@ -253,8 +253,9 @@ class GMFlowKSampler(io.ComfyNode):
         sampler = host_sampling.make_sampler(SamplerOptions(
             solver_named(solver), order, substeps, second_order=SecondOrder(tilt=tilt), temperature=0.0, shift=shift
         ))
-        noise, run = host_sampling.SeedNoise(seed), host_sampling.run
-        source = TraceSource(lambda recorder: run(noise, guider, sampler, sigmas, latent_image, recorder), model)
+        noise = host_sampling.SeedNoise(seed)
+        sample = lambda recorder: host_sampling.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
+        source = TraceSource(sample, model)
         latent, _ = source.sample(cls.hidden, slot=1)
         return io.NodeOutput(latent, source)
 

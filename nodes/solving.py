@@ -36,7 +36,7 @@ class Run:
 # ---- sigmas ------------------------------------------------------------------------------------
 
 def clean_sigmas(sigmas) -> torch.Tensor:
-    """Schedulers may repeat a sigma or pass 1 by a rounding error. ValueError for all else that does not fall within [0, 1]."""
+    """Schedulers may repeat a sigma or pass 1 by a rounding error. ValueError for those that do not fall in [0, 1]."""
     sigmas = sigmas.detach().float().cpu()
     sigmas = torch.where((sigmas > 1) & (sigmas < 1 + 1e-4), 1.0, sigmas)
     sigmas = torch.unique_consecutive(sigmas)
@@ -45,8 +45,8 @@ def clean_sigmas(sigmas) -> torch.Tensor:
         values = [round(value, 4) for value in sigmas.tolist()]
         shown = f"{values[:6]}"[:-1] + (", ...]" if len(values) > 6 else "]")
         raise ValueError(
-            f"sigmas must fall strictly within [0, 1], got {shown}; schedules of other kinds of models (AYS, GITS, Karras down from "
-            "14.6) do not fit: use GMFlow Scheduler, or BasicScheduler with this model"
+            f"sigmas must fall strictly within [0, 1], got {shown}; schedules of other kinds of models (AYS, GITS, "
+            "Karras down from 14.6) do not fit: use GMFlow Scheduler, or BasicScheduler with this model"
         )
     return sigmas
 
@@ -55,7 +55,8 @@ def check_sigmas(sigmas) -> int:
     """The number of steps; ValueError if there is none."""
     if len(sigmas) < 2:
         raise ValueError(
-            f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split at an end?"
+            f"sigmas: a sampler needs at least two values (one step), got {len(sigmas)}; is denoise 0, or the split "
+            "at an end?"
         )
     return len(sigmas) - 1
 
@@ -67,8 +68,8 @@ class HostDenoiser:
 
     ``model`` is called as every sampler calls it: ``model(x, sigma, **extra_args)``. Its guider is watched
     (:meth:`watch`): the mixtures of its last call count, at the x and sigma that it was given. What the wrappers
-    around it make of its answer, a noise mask above all, becomes the step's :class:`Blend`. The host's tensors are in
-    its own latent space; everything here but its calls lives in that of the mixture, (B,C,H,W).
+    around it make of its answer, a noise mask above all, becomes the step's :class:`Blend`. All but the host's own
+    calls is in the space of the mixture, (B,C,H,W).
     """
 
     def __init__(self, model, extra_args: dict, info: ModelInfo | AdapterInfo, sigmas):
@@ -88,16 +89,18 @@ class HostDenoiser:
         return answer
 
     def __call__(self, x: Tensor, sigma: float) -> Guided:
-        self.capture = None
-        out = self.model(self.info.leave(x), x.new_full((len(x),), sigma), **self.extra_args)
+        self.capture, latent = None, self.info.leave(x)
+        out = self.model(latent, x.new_full((len(x),), sigma), **self.extra_args)
+        if latent is not x:
+            x.copy_(self.info.enter(latent))  # a wrapper may have written to it (LanPaint)
         capture = self.capture
         if capture is None or capture.mean is None:
             raise ValueError(
-                f"guider: it was not asked at sigma {sigma:.3f}, and a GM sampler needs its mixture; a patch that skips it "
-                f"({evaluating(self.model_options) or 'LazyCache'}) cannot be combined with GM samplers"
+                f"guider: it was not asked at sigma {sigma:.3f}, and a GM sampler needs its mixture; a patch that "
+                f"skips it ({evaluating(self.model_options) or 'LazyCache'}) cannot be combined with GM samplers"
             )
         guided = capture.guided or guided_by_mean(self.positive(capture), capture.mean)
-        blend = self.blend(x, self.info.enter(out), self.mask(out, capture.sigma), capture)
+        blend = self.blend(x, out, capture)
         return guided if blend is None else replace(guided, blend=blend)
 
     def positive(self, capture: Capture):
@@ -106,25 +109,32 @@ class HostDenoiser:
         positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
         return gather(capture, positive, self.info, "positive", self.model_options, "a GM sampler")
 
-    def blend(self, x: Tensor, out: Tensor, mask: Tensor | None, capture: Capture) -> Blend | None:
+    def blend(self, x: Tensor, out: Tensor, capture: Capture) -> Blend | None:
         """What turns the guider's mean into ``out``; with a mask m its weight is m, so that known pixels stay known."""
-        mean = capture.mean
+        mean, mask = capture.mean, self.mask(out, capture.sigma)
+        out = self.info.enter(out)
         if mask is not None:
+            mask = self.info.enter(mask)
             return Blend(mask, out - mask * mean, capture.x)
         untouched = torch.equal(out, mean) and torch.equal(x, capture.x)
         return None if untouched else Blend(1.0, out - mean, capture.x)
 
     def mask(self, like: Tensor, sigma: float) -> Tensor | None:
-        """The noise mask of a latent ``like`` the host's; it may depend on sigma (Differential Diffusion)."""
+        """The noise mask, of the latent's shape; it may depend on sigma (Differential Diffusion)."""
         mask, function = self.extra_args.get("denoise_mask"), self.model_options.get("denoise_mask_function")
-        if mask is not None and function is not None:
-            extra = {"model": self.guider, "sigmas": self.sigmas}
-            mask = function(like.new_full((len(like),), sigma), mask, extra_options=extra)
-        return None if mask is None else self.info.enter(mask.expand_as(like))
+        if mask is None:
+            return None
+        if function is not None:
+            options = {"model": self.guider, "sigmas": self.sigmas}
+            mask = function(like.new_full((len(like),), sigma), mask, extra_options=options)
+        return mask.expand_as(like)
 
 
 def model_info(guider) -> ModelInfo | AdapterInfo:
-    """What a guider's model is: an adapter is attached to the MODEL, a GM-DiT knows itself. ValueError for another kind."""
+    """What a guider's model says of itself: an adapter is attached to the MODEL, a GM-DiT knows itself.
+
+    ValueError if it is of another kind.
+    """
     patcher, network = getattr(guider, "model_patcher", None), getattr(guider, "inner_model", None)
     attached = None if patcher is None else patcher.get_attachment(ATTACHMENT)
     info = attached or getattr(network, "gmflow", None)
@@ -140,8 +150,8 @@ def check_finite(x: Tensor) -> Tensor:
     """x, or ValueError if it is no image."""
     if not torch.isfinite(x).all():
         raise ValueError(
-            "sampler: the result holds NaN or infinite values; the weights are broken or too large for their dtype (try "
-            "weight_dtype float32 in GMFlow Loader), or a patch's strength is too high"
+            "sampler: the result holds NaN or infinite values; the weights are broken or too large for their dtype "
+            "(try weight_dtype float32 in GMFlow Loader), or a patch's strength is too high"
         )
     return x
 
@@ -149,11 +159,10 @@ def check_finite(x: Tensor) -> Tensor:
 # ---- solving -----------------------------------------------------------------------------------
 
 def solve(denoiser: HostDenoiser, x: Tensor, options: SamplerOptions, callback, disable, interrupt) -> Tensor:
-    """The host's latent x at the first of the denoiser's sigmas to x at their last; for its ``callback`` see
-    :func:`reporter`."""
-    x = denoiser.info.enter(x)
+    """The host's latent at the first of the denoiser's sigmas to that at their last; ``callback`` is the host's too."""
     grid, info, network = clean_sigmas(denoiser.sigmas), denoiser.info, denoiser.guider.inner_model
     run = denoiser.model_options.get("transformer_options", {}).get(RUN, Run())
+    x = info.enter(x)
     names = range(len(x)) if run.batch_index is None else run.batch_index
     noise = ImageNoise(denoiser.extra_args.get("seed") or 0, names, tuple(x.shape[1:]), x.device)
     spectrum = spectrum_for(options, info, x)
@@ -161,20 +170,19 @@ def solve(denoiser: HostDenoiser, x: Tensor, options: SamplerOptions, callback, 
     with tqdm(total=len(grid) - 1, disable=disable) as bar:
         x = sample(
             denoiser, x, grid, options, spectrum=spectrum, noise_sampler=noise,
-            callback=reporter(bar, run.recorder, callback, info), interrupt=interrupt,
+            callback=reporter(bar, run.recorder, callback, info.leave), interrupt=interrupt,
         )
     return info.leave(check_finite(x))
 
 
-def reporter(bar, recorder, callback, info: ModelInfo | AdapterInfo):
-    """A solver's callback that tells the recorder, the progress bar and the host's ``callback``: its preview, progress
-    and cancel."""
+def reporter(bar, recorder, callback, leave):
+    """A solver's callback that tells recorder, progress bar and host: preview, progress and cancel hang on it."""
     def report(step) -> None:
         if recorder is not None:
             recorder(step)
         bar.update()
         if callback is not None:
-            state = {"i": step.index, "x": info.leave(step.x), "denoised": info.leave(step.denoised)}
+            state = {"i": step.index, "x": leave(step.x), "denoised": leave(step.denoised)}
             callback(state | {"sigma": step.sigma, "sigma_hat": step.sigma})
 
     return report

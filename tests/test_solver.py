@@ -200,23 +200,26 @@ def masked(mask, x_0, noise):
     return denoiser
 
 
+def blended(weight, x_0):
+    """The exact denoiser, with a blend of its x_0 and this one."""
+    return lambda x, sigma: replace(PRIOR.denoiser(x, sigma), blend=Blend(weight, (1 - weight) * x_0, x))
+
+
 @solvers
 def test_a_blend_is_one_of_x_0_once_a_step(x, rng, solver):
     """Against its definition: x_next of the blended x_0 is (1 - m) of a step to the known x_0 and m of the solver's own."""
     x_0, sigmas = torch.randn(x.shape, generator=rng), torch.tensor([0.8, 0.5])
     mask = torch.rand(1, 1, 4, 4, generator=rng)
     free = run(solver, PRIOR.denoiser, x, sigmas)
-    got = run(solver, lambda x, s: replace(PRIOR.denoiser(x, s), blend=Blend(mask, (1 - mask) * x_0, x)), x, sigmas)
+    got = run(solver, blended(mask, x_0), x, sigmas)
     if solver.startswith("ode"):
         to_known = x + (x - x_0) / 0.8 * (0.5 - 0.8)
         torch.testing.assert_close(got, mask * free + (1 - mask) * to_known, atol=1e-5, rtol=0)
     else:  # the noise of the transition is the same, so x_next is affine in x_0
-        known, doubled = (
-            run(solver, lambda x, s, w=w: replace(PRIOR.denoiser(x, s), blend=Blend(w, (1 - w) * x_0, x)), x, sigmas) for w in (0.0, 2.0)
-        )
+        known, doubled = (run(solver, blended(weight, x_0), x, sigmas) for weight in (0.0, 2.0))
         torch.testing.assert_close(got, mask * free + (1 - mask) * known, atol=1e-5, rtol=0)
         torch.testing.assert_close(doubled, 2 * free - known, atol=1e-5, rtol=0)
-    opened = run(solver, lambda x, s: replace(PRIOR.denoiser(x, s), blend=Blend(1.0, torch.zeros_like(x), x)), x, sigmas)
+    opened = run(solver, blended(1.0, torch.zeros_like(x)), x, sigmas)
     torch.testing.assert_close(opened, free, atol=1e-6, rtol=0)
 
 
@@ -259,8 +262,8 @@ def test_a_soft_mask_does_not_harden_with_substeps(rng, value):
         x = torch.lerp(guided.blend(guided.posterior.mean()), x, float(s_next / s))
     euler = (x - x_0).abs().mean()
     for order in (1, 2):
-        found = [(sample_gm_ode(denoiser, noise, sigmas, order=order, substeps=n) - x_0).abs().mean() / euler for n in (1, 4, 16, 64)]
-        print(order, found)
+        images = (sample_gm_ode(denoiser, noise, sigmas, order=order, substeps=n) for n in (1, 4, 16, 64))
+        found = [(image - x_0).abs().mean() / euler for image in images]
         assert max(found) < 1.1 * found[0] and min(found) > 0.9 * found[0] and 0.8 < found[0] < 1.2, (order, found)
         assert order == 2 or found[0] == pytest.approx(1, abs=1e-4)
 

@@ -215,10 +215,12 @@ def test_samplers_have_air_below_for_their_preview(name):
 def crossings(page) -> int:
     """Pairs of links from different outputs that cross, as straight lines between their sockets."""
     by_id = {node["id"]: node for node in page["nodes"]}
-    lines = [
-        ((by_id[a]["pos"][0] + by_id[a]["size"][0], by_id[a]["pos"][1] + 20 * slot), (by_id[b]["pos"][0], by_id[b]["pos"][1] + 20 * to), (a, slot))
-        for _, a, slot, b, to, _ in page["links"]
-    ]
+
+    def socket(number, slot, right):
+        node = by_id[number]
+        return node["pos"][0] + right * node["size"][0], node["pos"][1] + 20 * slot
+
+    lines = [(socket(a, slot, 1), socket(b, to, 0), (a, slot)) for _, a, slot, b, to, _ in page["links"]]
 
     def side(p, q, r):
         return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
@@ -229,7 +231,8 @@ def crossings(page) -> int:
     )
 
 
-@pytest.mark.parametrize("name, most", [("guidance_sweep", 70), ("inpaint_and_img2img", 12)])  # 117 and 17 with one VAE loader for all
+# 117 and 17 with one VAE loader for all rows
+@pytest.mark.parametrize("name, most", [("guidance_sweep", 70), ("inpaint_and_img2img", 12)])
 def test_few_links_cross(name, most):
     assert crossings(ui(name)) <= most
 

@@ -102,7 +102,7 @@ Its **end_percent** 0.5 guides only the first half.
     group, model, positive, _, latent = start(flow, "0-9", 10)
 
     def look(title: str, name: str, latents: Output) -> None:
-        images = enlarge(flow, latents, pixels(flow))  # a loader in each row: one for all would send its links through every row
+        images = enlarge(flow, latents, pixels(flow))  # one for all would send its links through every row
         flow.add("SaveImage", title, size=(1560, 290), images=images, filename_prefix=f"gmflow/guidance/{name}")
 
     row = None

@@ -6,6 +6,8 @@ A checkout's own ``.venv`` or ``venv`` runs it, else the Python of the tests.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hosting import MISSING, Graph, Host, Node, checkouts, version
@@ -18,7 +20,7 @@ def host(request, tmp_path_factory):
     """A running server with the pack in it."""
     if request.param is None:
         pytest.skip(MISSING)
-    host = Host(request.param, tmp_path_factory.mktemp("comfyui"))
+    host = Host(request.param, tmp_path_factory.mktemp("comfyui"), packs=(Path(__file__).parent / "wrappers",))
     host.start()
     yield host
     host.stop()
