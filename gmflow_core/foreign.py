@@ -86,11 +86,6 @@ def unwrapped_name(name: str) -> str:
     return name[outer.end() :] if outer else name
 
 
-def wrapped_part(state: dict) -> dict:
-    """What lies in a wrapper, where anything does: a save node of ComfyUI writes VAE and text encoders beside it."""
-    return {name: value for name, value in state.items() if re.match(_OUTER, name)} or state
-
-
 def without_wrapper_prefixes(state: dict, source) -> dict:
     """``state`` under the networks' own names (:func:`unwrapped_name`); CheckpointError if two entries get one name."""
     names: dict[str, str] = {}

@@ -440,12 +440,6 @@ def _choose(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.multinomial(weights, 1, generator=generator)
 
 
-@portable
-def _choose(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index (N,1) a row of weights (N,K), by weight."""
-    return torch.multinomial(weights, 1, generator=generator)
-
-
 def _sum_of_squares(parts: Iterable[Tensor]) -> Tensor:
     """Over the parts, elementwise."""
     parts = iter(parts)

@@ -6,10 +6,21 @@ import sys
 
 import pytest
 import torch
+from oracle import ExactPrior
 from PIL import Image
 from safetensors.torch import load_file
 
-from gmflow_core import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, SpectrumConfig, SpectrumMLP, save_checkpoint
+from gmflow_core import (
+    GMMLP,
+    GMDiT,
+    GMDiTConfig,
+    GMMLPConfig,
+    SpectrumConfig,
+    SpectrumMLP,
+    flow_sigmas,
+    sample_gm_sde,
+    save_checkpoint,
+)
 from gmflow_core.__main__ import BUNDLED, main
 from gmflow_core.inspection.charts import PALETTE
 from gmflow_core.labels import LabelError, parse_labels
@@ -127,7 +138,7 @@ def test_labels():
     assert parse_labels("cat\nowl", 3, ("cat", "dog", "owl")) == [0, 2]
     for text, message in (
         ("4-2", "runs backwards"), ("10", "knows 0 to 9"), (" , ", "no label given"), ("kat", r"did you mean cat\?"),
-        ("9" * 5000, r"'9+'\.\.\. \(5000 characters\) is past the last class"), ("ca\x07" * 50, r"'ca\\x07ca"),
+        ("9" * 5000, r"'9+\.\.\. \(5,000 characters\)' is no class"), ("ca\x07" * 50, r"'ca\\x07ca"),
         ("0-9," * 200_000, "more than 1000000 labels"),
     ):
         with pytest.raises(LabelError, match=message):
