@@ -31,7 +31,8 @@ from train.evaluate.figures import curves, markdown
 from train.evaluate.image_metrics import moments, quantise, saturation
 from train.evaluate.reference import DigitImages, load_reference, measure_reference, real_images
 from train.evaluate.settings import SOLVERS, Setting, draw, solve
-from train.evaluate.subject import likelihood, open_subject
+from train.evaluate.subject import classes_in_data, digest, likelihood, old_digest, open_subject
+from train.folder import locked
 from train.vae import Decoder, load_vae
 
 CPU = torch.device("cpu")
@@ -285,7 +286,8 @@ def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):
                    save(tmp_path / "other.safetensors", 3, classes=2))
     assert run(same, other, "--data", folder, "--steps", 2, "--solvers", "gm-ode1", "--out", tmp_path / "out") == 0
     content = json.loads((tmp_path / "out" / RESULTS).read_text())
-    assert len(content["rows"]) == 2 and all(0 <= r["accuracy"] <= 1 and r["fid"] > 0 for r in content["rows"])
+    mine, strange = content["rows"]
+    assert 0 <= mine["accuracy"] <= 1 and mine["fid"] > 0 and strange["fid"] > 0 and "accuracy" not in strange
     assert content["checkpoints"]["same"]["nll"]["mean"] and content["checkpoints"]["other"]["nll"] is None
 
 
@@ -397,3 +399,111 @@ def test_a_table_without_figures_is_still_one():
     results = {"rows": [], "checkpoints": {}, "samples": 5, "seed": 0, "real_images": 3, "reference": "x",
                "real_saturation": 0.5}
     assert "5 samples a row" in markdown(results)
+
+
+# ---- by content and by name --------------------------------------------------------------------
+
+def pictures(folder, seed, names=("a", "b"), count=8, size=16):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            base = rng.integers(0, 256, 3)
+            noise = rng.integers(-20, 20, (size, size, 3))
+            Image.fromarray((base + noise).clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def mean_features(monkeypatch):
+    """Features that need no download: the mean colour and its spread."""
+    def features(weights, device):
+        return lambda pixels: torch.cat([pixels.float().mean((2, 3)), pixels.float().std((2, 3))], 1)
+
+    monkeypatch.setattr(evaluate, "inception", features)
+    monkeypatch.setattr("train.evaluate.subject.NLL_SAMPLES", 4)
+
+
+def test_statistics_are_those_of_the_data_and_not_of_its_folders_name(tmp_path, mean_features, capsys):
+    """cats/train, then dogs/train, into one folder: the cats' FID would be repeated to the last digit."""
+    model = save(tmp_path / "m.safetensors", classes=2, names=("a", "b"))
+    cats, dogs = pictures(tmp_path / "cats" / "train", 0), pictures(tmp_path / "dogs" / "train", 1)
+    assert run(model, "--data", cats, "--out", tmp_path / "out", "--steps", 1) == 0
+    before = (tmp_path / "out" / evaluate.REFERENCE).read_bytes()
+    assert run(model, "--data", dogs, "--out", tmp_path / "out", "--steps", 2) == 2
+    assert "compares with something else" in capsys.readouterr().err
+    assert (tmp_path / "out" / evaluate.REFERENCE).read_bytes() == before
+    assert run(model, "--data", dogs, "--out", tmp_path / "dogs-out", "--steps", 1) == 0
+    assert rows(tmp_path / "out")[0]["fid"] != rows(tmp_path / "dogs-out")[0]["fid"]
+    moved = cats.rename(tmp_path / "elsewhere")  # the same data under another name
+    assert run(model, "--data", moved, "--out", tmp_path / "out", "--steps", 2) in (0, 2)
+    assert (tmp_path / "out" / evaluate.REFERENCE).read_bytes() == before
+
+
+def test_classes_are_compared_by_name(tmp_path, mean_features, capsys):
+    """A model whose classes are the data's in another order: the same accuracy and likelihood as in the data's order."""
+    data = pictures(tmp_path / "data", 0, names=("a", "b", "c"))
+    images = real_images(str(data), 16)
+    names = {"same": ("a", "b", "c"), "turned": ("c", "a", "b"), "other": ("a", "b", "x")}
+    subjects = {}
+    for kind, order in names.items():
+        path = save(tmp_path / f"{kind}.safetensors", classes=3, names=order)
+        subjects[kind] = open_subject(path, None, CPU, "float32")
+    assert classes_in_data(subjects["same"], images).tolist() == [0, 1, 2]
+    assert classes_in_data(subjects["turned"], images).tolist() == [2, 0, 1]
+    assert classes_in_data(subjects["other"], images) is None and likelihood(subjects["other"], images, 4) is None
+    assert "other has not the data's classes (a, b, x; in the data a, b, c)" in capsys.readouterr().err
+    # The turned model's table holds the same rows in its own order: then all is equal.
+    table = "emb.class_embedder.embedding_table.weight"
+    turned, same = (subjects[kind].checkpoint.model.state_dict() for kind in ("turned", "same"))
+    turned[table].copy_(same[table][[2, 0, 1, 3]])
+    assert likelihood(subjects["turned"], images, 4) == likelihood(subjects["same"], images, 4)
+    assert run(tmp_path / "other.safetensors", "--data", data, "--out", tmp_path / "out", "--steps", 1) == 0
+    assert "accuracy" not in rows(tmp_path / "out")[0]
+
+
+def test_a_model_without_names_is_taken_at_its_order(tmp_path, capsys):
+    data = real_images(str(pictures(tmp_path / "data", 0)), 16)
+    path = save(tmp_path / "m.safetensors", classes=2, names=("a", "b"))
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(path, checkpoint.model, checkpoint.spectrum)
+    assert classes_in_data(open_subject(path, None, CPU, "float32"), data).tolist() == [0, 1]
+    assert "names no classes: they are taken to be the data's" in capsys.readouterr().err
+
+
+def test_equal_checkpoints_of_other_bytes_are_one(tmp_path, files, quick):
+    """Older files have their metadata in any order; results of older versions name a digest of the bytes."""
+    content = files["gm"].read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(reversed(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+    other = tmp_path / "gm.safetensors"
+    other.write_bytes(content[:8] + text + content[8 + length :])
+    assert other.read_bytes() != content and digest(other) == digest(files["gm"])
+    assert digest(files["k3"]) != digest(files["gm"])
+    assert run(files["gm"], "--data", "digits", "--out", tmp_path / "out", "--steps", 1) == 0
+    assert run(other, "--data", "digits", "--out", tmp_path / "out", "--steps", 1, 2) == 0
+    assert len(rows(tmp_path / "out")) == 4  # nothing twice
+    results = json.loads((tmp_path / "out" / RESULTS).read_text())
+    for part in (results["checkpoints"]["gm"], *results["rows"]):
+        part["digest"] = old_digest(other)
+    del results["reference_content"]
+    (tmp_path / "out" / RESULTS).write_text(json.dumps(results))
+    assert run(other, "--data", "digits", "--out", tmp_path / "out", "--steps", 1, 2) == 0
+    assert len(rows(tmp_path / "out")) == 4 and rows(tmp_path / "out")[0]["digest"] == digest(other)
+
+
+def test_a_grey_model(tmp_path, mean_features):
+    data = pictures(tmp_path / "data", 0)
+    model = save(tmp_path / "m.safetensors", classes=2, channels=1, names=("a", "b"))
+    assert run(model, "--data", data, "--out", tmp_path / "out", "--steps", 1) == 0
+    row = rows(tmp_path / "out")[0]
+    assert row["saturation"] == 0 and row["fid"] > 0 and "accuracy" in row
+    assert json.loads((tmp_path / "out" / RESULTS).read_text())["checkpoints"]["m"]["nll"]["mean"] is not None
+
+
+def test_two_evaluations_in_one_folder(tmp_path, files, capsys):
+    with locked(tmp_path, "evaluates"):
+        assert run(files["gm"], "--data", "digits", "--out", tmp_path) == 2
+    assert "another process evaluates in this folder" in capsys.readouterr().err

@@ -88,9 +88,10 @@ def test_the_command_trains_as_long_as_asked(tmp_path, monkeypatch, capsys):
         assert reproduce.main(["checkerboard", "--device", "cpu", *arguments]) == 0
     assert asked == [(2500, "runs/reproduce-checkerboard-quick"), (7, "runs/reproduce-checkerboard-quick-7"),
                      (9, "runs/reproduce-checkerboard-9")]
-    with pytest.raises(SystemExit):
-        reproduce.main(["checkerboard", "--steps", "0"])
-    assert "--steps must be >= 1, got 0" in capsys.readouterr().err
+    assert reproduce.main(["checkerboard", "--steps", "0"]) == 2
+    assert "--steps: '0' is not a whole number >= 1" in capsys.readouterr().err
+    assert reproduce.main(["checkerboard", "--device", "nonsense"]) == 2
+    assert "error: --device nonsense: " in capsys.readouterr().err
 
 
 def test_rows_without_diffusers_keep_euler():

@@ -259,3 +259,72 @@ def test_other_files_are_refused(tmp_path):
     points.save()
     with pytest.raises(ValueError, match="a model for 2D points, not a GM-DiT"):
         Trainer(replace(TINY, init_from=str(tmp_path / "points" / CHECKPOINT)), None, CPU)
+
+
+def dit_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """diffusers' names of a DiT as facebookresearch/DiT has them: one embedding, q, k and v stacked."""
+    found = {"pos_embed": torch.zeros(1, 16, 16)}
+    for name, value in state.items():
+        block = name.split(".")[1] if name.startswith("transformer_blocks.") else None
+        rest = name.split(".", 2)[2] if block else name
+        if rest.startswith("norm1.emb."):
+            if block == "0":
+                inner = rest.removeprefix("norm1.emb.")
+                old = {"timestep_embedder.linear_1": "t_embedder.mlp.0", "timestep_embedder.linear_2": "t_embedder.mlp.2",
+                       "class_embedder": "y_embedder"}
+                found[next(inner.replace(a, b) for a, b in old.items() if inner.startswith(a))] = value
+        elif rest.startswith("attn1.to_q"):
+            kind = rest.rsplit(".", 1)[1]
+            parts = [state[f"transformer_blocks.{block}.attn1.to_{part}.{kind}"] for part in "qkv"]
+            found[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+        elif block and not rest.startswith(("attn1.to_k", "attn1.to_v")):
+            old = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+            found[f"blocks.{block}." + next(rest.replace(a, b) for a, b in old.items() if rest.startswith(a))] = value
+        elif not block and name != "pos_embed.pos_embed":
+            old = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
+            found[next(name.replace(a, b) for a, b in old.items() if name.startswith(a))] = value
+    return found
+
+
+@pytest.mark.parametrize("kind", ["training", "bare", "wrapped"])
+def test_a_dit_under_its_own_names(tmp_path, kind, capsys):
+    """A training file {model, ema, opt} gives its average; the start is the one from the same weights in diffusers' layout."""
+    config = replace(TINY, model=replace(TINY.model, num_layers=2))
+    state = diffusers_state(config, sigma_channels=True)
+    save_file(state, tmp_path / "a.safetensors")
+    theirs = dit_names(state)
+    content = {"training": {"model": {k: v + 1 for k, v in theirs.items()}, "ema": theirs, "opt": {"state": {}}, "args": None},
+               "bare": theirs, "wrapped": {f"module.{k}": v for k, v in theirs.items()}}[kind]
+    torch.save(content, tmp_path / "b.pt")
+    nets = [build(config, CPU), build(config, CPU)]
+    for net, name in zip(nets, ("a.safetensors", "b.pt"), strict=True):
+        initialise(net, config, tmp_path / name)
+    for (name, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert "a DiT under its own names" in capsys.readouterr().err
+
+
+def test_the_plain_file_is_preferred_to_its_variants(tmp_path):
+    """diffusion_pytorch_model.fp16. and .non_ema. come first in the order of names."""
+    config = replace(TINY, model=replace(TINY.model, num_layers=2))
+    state = diffusers_state(config, False)
+    for name in ("fp16.", "non_ema.", ""):
+        other = {k: v + (name != "") for k, v in state.items()} if name else state
+        save_file(other, tmp_path / f"diffusion_pytorch_model.{name}safetensors")
+    nets, expected = build(config, CPU), build(config, CPU)
+    initialise(nets, config, tmp_path)
+    initialise(expected, config, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(nets.state_dict().values(), expected.state_dict().values(), strict=True))
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    initialise(nets, config, tmp_path)
+    initialise(expected, config, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(nets.state_dict().values(), expected.state_dict().values(), strict=True))
+
+
+def test_a_run_folder_is_its_checkpoint(tmp_path):
+    trainer = Trainer(TINY, tmp_path / "first", CPU)
+    trainer.save()
+    nets = build(TINY, CPU)
+    initialise(nets, TINY, tmp_path / "first")
+    ours = trainer.ema["model"].state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in nets["model"].state_dict().items())

@@ -209,3 +209,80 @@ def test_timeout(capsys):
     with comfy(entry=None, polls=0) as (url, _):
         assert main([QUICKSTART, "--server", url, "--timeout", "0.3"]) == TIMEOUT
     assert "not done after 0.3 s" in error(capsys)
+
+
+# ---- servers that are broken, hostile or gone --------------------------------------------------
+
+@contextmanager
+def answering(raw: bytes):
+    """A server that says the same bytes to everyone."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(100_000)
+                connection.sendall(raw)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize("raw", [
+    b"garbage\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull",
+    b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"prompt_id": 3}', b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n\xff\xfe\xfd",
+])
+def test_answers_that_are_no_comfyuis(tmp_path, capsys, raw):
+    with answering(raw) as url:
+        assert main([QUICKSTART, "--server", url, "--out", str(tmp_path / "out")]) == 3
+    assert url in error(capsys) and not (tmp_path / "out").exists()
+
+
+def images(*files):
+    return {**DONE, "outputs": {"9": {"images": [dict(zip(("filename", "subfolder", "type"), file, strict=False)) for file in files]}}}
+
+
+@pytest.mark.parametrize("filename", ["..", ".", "", "a/..", 7, None, ["a"], "\x1b[2J.png", "C:evil.png", "a\0b"])
+def test_names_that_are_no_file_names(tmp_path, capsys, filename):
+    with comfy(images((filename, "", "output"))) as (url, _):
+        assert main([QUICKSTART, "--server", url, "--out", str(tmp_path / "out")]) == 3
+    assert "which is no file name" in error(capsys) and list(tmp_path.iterdir()) == []
+
+
+def test_a_path_as_a_name_stays_inside(tmp_path):
+    with comfy(images(("../../a.png", "../x", "output"), ("/etc/b.png", "", "output"))) as (url, _):
+        assert main([QUICKSTART, "--server", url, "--out", str(tmp_path / "out")]) == 0
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")} == {"out/x/a.png", "out/b.png"}
+
+
+@pytest.mark.parametrize("entry", [{"outputs": 3}, {"outputs": {"9": 3}}, {"outputs": {"9": {"images": 3}}}, {"status": 3}, {"status": {"messages": [1]}}])
+def test_histories_of_another_shape(tmp_path, capsys, entry):
+    with comfy(entry) as (url, _):
+        assert main([QUICKSTART, "--server", url, "--out", str(tmp_path)]) == 3
+    assert "not that of a ComfyUI" in error(capsys)
+
+
+def test_a_server_that_was_restarted(tmp_path, capsys, monkeypatch):
+    """It knows nothing of the prompt: said at once, and not after ten minutes of silence."""
+    from workflows import run as module
+
+    monkeypatch.setattr(module, "POLL", 0.001)
+    monkeypatch.setattr(module.Server, "json", lambda self, path, body=None: {})
+    with comfy(DONE) as (url, _):
+        assert main([QUICKSTART, "--server", url, "--out", str(tmp_path)]) == 3
+    assert "neither queued nor done any more; was the server restarted?" in error(capsys)
+
+
+def test_pictures_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "gmflow").write_text("a file where a folder belongs")
+    with comfy(DONE) as (url, _):
+        assert main([QUICKSTART, "--server", url, "--out", str(tmp_path)]) == 1
+    assert "cannot be written" in error(capsys) and not list(tmp_path.glob(".*.part"))

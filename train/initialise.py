@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from gmflow_core import GMDiTConfig, SpectrumConfig
 from gmflow_core.checkpoint import check_keys, read_state
-from gmflow_core.files import State, is_safetensors, read_json, read_safetensors
-from gmflow_core.pickles import read_pickle
+from gmflow_core.files import State, is_safetensors, read_json
+from gmflow_core.folders import index_of, locate, read_weights, weights_file
+from gmflow_core.foreign import is_dit_training, without_wrapper_prefixes
+from gmflow_core.pickles import is_pickle, read_pickle
 
 from .config import TrainConfig
 from .console import say
@@ -21,6 +23,7 @@ PATCHES = "pos_embed.proj.weight"
 HEAD = "proj_out_2."
 EMBEDDING = "emb.class_embedder.embedding_table.weight"
 DEVIATION = "gm_out.logstd_layers."
+OWN = "x_embedder.proj.weight"  # of a DiT under its own names
 VANILLA = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
 
@@ -116,21 +119,61 @@ def read_source(path: Path) -> Source:
 
 
 def read_vanilla(path: Path) -> Source | None:
-    """diffusers' DiTTransformer2DModel under a GM-DiT's names; None if this is something else."""
+    """A DiT that predicts a mean under a GM-DiT's names, in diffusers' layout or in that of DiT's and SiT's own
+    training files; None if this is something else."""
+    path = locate(path)
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     file = folder
     if folder.is_dir():
-        found = [*sorted(folder.glob("diffusion_pytorch_model*.safetensors")),
-                 *sorted(folder.glob("diffusion_pytorch_model*.bin"))]
-        if not found:
+        if not any(folder.glob("diffusion_pytorch_model*")):
             return None
-        file = found[0]
-    state = read_safetensors(file)[0] if is_safetensors(file) else read_pickle(file)
+        file = weights_file(folder, pickles=True)
+    if is_pickle(file):
+        content = read_pickle(file)
+        state = content["ema"] if is_dit_training(content) else content
+    elif index_of(file) is not None or is_safetensors(file):
+        state = read_weights(file)
+    else:
+        return None
+    state = without_wrapper_prefixes({name: value for name, value in state.items() if isinstance(value, Tensor)}, file)
+    if OWN in state:
+        say(f"{file}: a DiT under its own names; a SiT's clock runs the other way: it starts with its features alone")
+        return Source(gm_names_of_dit(state), components=1)
     if VANILLA not in state:
         return None
     config = file.parent / "config.json"
     heads = read_json(config).get("num_attention_heads") if config.is_file() else None
     return Source(gm_names(state, file), components=1, heads=heads)
+
+
+# DiT's own names -> ours; "blocks.N." is "transformer_blocks.N.".
+_DIT_NAMES = {
+    "x_embedder.proj": "pos_embed.proj", "t_embedder.mlp.0": "emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "emb.timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "emb.class_embedder.embedding_table",
+    "final_layer.adaLN_modulation.1": "proj_out_1", "final_layer.linear": "proj_out_2",
+    "adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
+}
+
+
+def gm_names_of_dit(state: State) -> State:
+    """The weights of DiT's own code (and SiT's, the same network) under ours: there q, k and v lie in one matrix."""
+    ours = {}
+    for name, value in state.items():
+        if name == "pos_embed":  # computed, never loaded
+            continue
+        stem, _, kind = name.rpartition(".")
+        head, _, rest = stem.partition(".")
+        block = ""
+        if head == "blocks":
+            number, _, stem = rest.partition(".")
+            block = f"transformer_blocks.{number}."
+        if stem == "attn.qkv":
+            ours |= {f"{block}attn1.to_{part}.{kind}": piece for part, piece in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            ours[f"{block}{_DIT_NAMES.get(stem, stem)}.{kind}"] = value
+    return ours
 
 
 def gm_names(state: State, path: Path) -> State:

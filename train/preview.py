@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmflow_core import GMDenoiser, flow_sigmas
+from gmflow_core.files import write_picture
 from gmflow_core.pictures import image_grid, scatter
 from gmflow_core.sampler import sample
 
@@ -34,7 +35,7 @@ def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, devi
     x = sample(denoiser, x, flow_sigmas(STEPS)).cpu()
     model.to(home)
     picture = scatter(x, 4.5) if flat else image_grid(x, per_class, scale=math.ceil(32 / x.shape[-1]))
-    picture.save(path)
+    write_picture(path, picture)
     return picture
 
 

@@ -3,7 +3,6 @@ Also written at its end."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import math
 import sys
@@ -11,6 +10,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from gmflow_core.cli import Parser, run_command
 from gmflow_core.describe import format_info, identify
 from gmflow_core.files import write_text
 
@@ -257,18 +257,18 @@ def duration(seconds: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.report",
+    parser = Parser(prog="python -m train.report",
                                      description="A run on one page, also while it goes on.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--out", type=Path, help=f"the page (default {REPORT} in that folder)")
-    args = parser.parse_args()
-    try:
+
+    def action() -> int:
+        args = parser.parse_args()
         path = write_report(args.run, args.out)
         print(path or f"{args.run / LOG} has no line yet: the run has to train log_every steps first")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0 if path else 2
+        return 0 if path else 2
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

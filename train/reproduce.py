@@ -6,7 +6,6 @@ Trains GMFlow with K = 1, 8 and 64 and vanilla flow matching on the checkerboard
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gmflow_core import GMDenoiser
+from gmflow_core.cli import Parser, number, open_device, run_command
+from gmflow_core.files import write_picture, write_text
 from gmflow_core.pictures import scatter, sheet
 
 from .config import PRESETS, TrainConfig
@@ -25,6 +26,7 @@ from .data.checkerboard import Checkerboard
 from .evaluate.baselines import EULER, MISSING, SCHEDULERS, has_diffusers
 from .evaluate.checkerboard_metrics import cells, figures
 from .evaluate.settings import SOLVERS, Setting, solve
+from .folder import locked
 from .trainer import Trainer
 
 STEPS = (1, 2, 4, 8, 16, 32)  # network calls
@@ -70,6 +72,9 @@ def configs(quick: bool, steps: int | None = None) -> dict[str, TrainConfig]:
 def trained(config: TrainConfig, folder: Path, device: torch.device, name: str) -> tuple[nn.Module, float]:
     """The moving average of a finished run in ``folder`` and its seconds; goes on with a run that is not finished."""
     trainer = Trainer(config, folder, device)
+    if trainer.changed:
+        raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(trainer.changed)}); "
+                         "choose another --out")
     with tqdm(total=config.steps, initial=trainer.step, desc=name, unit="step", smoothing=0.05, mininterval=1) as bar:
         while trainer.step < config.steps:
             numbers = trainer.train_step()
@@ -189,7 +194,8 @@ def save_pictures(samples: dict[Row, list[Tensor]], out: Path) -> None:
         ("figure3", FIGURE_3, "Components, second order, and second order without re-anchoring"),
     ):
         picture = grid(samples, wanted, title, note)
-        picture.quantize(96, method=2, dither=0).save(out / f"{name}.png", optimize=True)  # octree: keeps rare colours
+        few = picture.quantize(96, method=2, dither=0)  # octree: keeps rare colours
+        write_picture(out / f"{name}.png", few, optimize=True)
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -214,37 +220,31 @@ def run(trainings: dict[str, TrainConfig], out: Path, points: int, device: torch
         "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
     }
     plain = [{k: None if v != v else v for k, v in row.items()} for row in result["rows"]]  # JSON has no NaN
-    (out / "figures.json").write_text(json.dumps(result | {"rows": plain}, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown(result), encoding="utf-8")
+    write_text(out / "figures.json", json.dumps(result | {"rows": plain}, indent=1) + "\n")
+    write_text(out / "table.md", markdown(result))
     save_pictures(samples, out)
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.reproduce", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m train.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=["checkerboard"], help="what to reproduce")
     parser.add_argument("--quick", action="store_true", help="train for minutes instead of hours")
-    parser.add_argument("--steps", type=int, metavar="N",
+    parser.add_argument("--steps", type=number(int, 1), metavar="N",
                         help="steps of each training instead of 20,000 (2,500 with --quick)")
     parser.add_argument("--out", type=Path, help="folder (default runs/reproduce-checkerboard[-quick][-N])")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
-    args = parser.parse_args(arguments)
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps must be >= 1, got {args.steps}")
-    name = "reproduce-checkerboard" + "-quick" * args.quick + (f"-{args.steps}" if args.steps else "")
-    out = args.out or Path("runs") / name
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        result = run(configs(args.quick, args.steps), out, QUICK_POINTS if args.quick else POINTS, device)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on from the last save", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(markdown(result) + f"\n{out / 'table.md'}, {out / 'figures.json'}, {out / 'figure2.png'}, "
-                             f"{out / 'figure3.png'}")
-    return 0
+
+    def action() -> None:
+        args = parser.parse_args(arguments)
+        name = "reproduce-checkerboard" + "-quick" * args.quick + (f"-{args.steps}" if args.steps else "")
+        out, device = args.out or Path("runs") / name, open_device(args.device)
+        with locked(out, "reproduces"):
+            result = run(configs(args.quick, args.steps), out, QUICK_POINTS if args.quick else POINTS, device)
+        print(markdown(result) + f"\n{out / 'table.md'}, {out / 'figures.json'}, {out / 'figure2.png'}, "
+                                 f"{out / 'figure3.png'}")
+
+    return run_command(action, "stopped; run the same command to go on from the last save")
 
 
 if __name__ == "__main__":

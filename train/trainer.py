@@ -85,7 +85,7 @@ class Trainer:
         self.inputs = Ahead(lambda step: step_inputs(self.config, self.data, step, self.team.part(config.batch_size)))
         self.copies, self.writer = HostCopies(device), Background()
         self.save_seconds = 0.0  # for which training stood still, since the last line of the log
-        self.run_log = None
+        self.run_log, self.changed = None, []  # changed: in words, settings that the run began with and has no more
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if self.team.first:
@@ -262,6 +262,7 @@ class Trainer:
         if refused:
             raise ValueError(f"{self.folder} holds a run of another configuration ({'; '.join(refused)}); "
                              "choose another --out, or --fresh to begin again")
+        self.changed = changed
         if changed and self.team.first:
             say(f"the run goes on with other settings than it began with: {'; '.join(changed)}")
         before, now = state["data"], self._data()

@@ -10,16 +10,20 @@ Standard library only.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
+import os
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 FAILED, USAGE, NO_SERVER, REFUSED, TIMEOUT = 1, 2, 3, 4, 5
 POLL = 0.25  # seconds
+FORGOTTEN = 20  # polls after which a prompt that is nowhere is lost
 
 
 class RunError(Exception):
@@ -31,7 +35,18 @@ class RunError(Exception):
 
 
 def one_line(text) -> str:
-    return " ".join(str(text).split())
+    """Text of a server without line breaks and without what a terminal would obey, at most 500 characters."""
+    line = " ".join(str(text)[:2000].split())[:500]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+@contextmanager
+def understood(url: str):
+    """An answer that has another shape than a ComfyUI's is one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+        raise RunError(NO_SERVER, f"{url}: the answer is not that of a ComfyUI") from None
 
 
 # ---- the file ----------------------------------------------------------------------------------
@@ -95,7 +110,7 @@ class Server:
                 return answer.read()
         except urllib.error.HTTPError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise RunError(NO_SERVER,
                            f"no ComfyUI at {self.url}: {one_line(getattr(error, 'reason', error))}") from None
 
@@ -110,12 +125,11 @@ class Server:
     def queue(self, workflow: dict) -> str:
         """Queue it; the prompt's id."""
         try:
-            answer = json.loads(self.request("/prompt", {"prompt": workflow}))
-            return answer["prompt_id"]
+            with understood(self.url):
+                prompt_id = json.loads(self.request("/prompt", {"prompt": workflow}))["prompt_id"]
+                return urllib.parse.quote(prompt_id, safe="")
         except urllib.error.HTTPError as error:
             raise RunError(REFUSED, f"refused: {self.refusal(workflow, error)}") from None
-        except (ValueError, KeyError, TypeError):
-            raise RunError(NO_SERVER, f"{self.url}: the answer is not that of a ComfyUI") from None
 
     @staticmethod
     def refusal(workflow: dict, error: urllib.error.HTTPError) -> str:
@@ -136,18 +150,22 @@ class Server:
 
     def wait(self, workflow: dict, prompt_id: str, timeout: float, say) -> dict:
         """The history entry once it is done."""
-        begin, last = time.monotonic(), None
+        begin, last, missing = time.monotonic(), None, 0
         while True:
-            entry = self.json(f"/history/{prompt_id}").get(prompt_id)
-            if entry is not None:
-                return entry
+            history, queue = self.json(f"/history/{prompt_id}"), self.json("/queue")
+            with understood(self.url):
+                if (entry := history.get(prompt_id)) is not None:
+                    return entry
+                running = any(item[1] == prompt_id for item in queue.get("queue_running", []))
+                before = sorted(item[0] for item in queue.get("queue_pending", []))
+                mine = [item[0] for item in queue.get("queue_pending", []) if item[1] == prompt_id]
+                state = "running" if running else f"waiting, {before.index(mine[0]) + 1} in the queue" if mine else last
+            missing = 0 if running or mine else missing + 1
+            if missing > FORGOTTEN:
+                raise RunError(NO_SERVER, f"{self.url}: the prompt is neither queued nor done any more; was the server "
+                                          "restarted? Run the command again")
             if time.monotonic() - begin > timeout:
                 raise RunError(TIMEOUT, f"not done after {timeout:g} s; it goes on in the server (prompt {prompt_id})")
-            queue = self.json("/queue")
-            running = any(item[1] == prompt_id for item in queue.get("queue_running", []))
-            before = sorted(item[0] for item in queue.get("queue_pending", []))
-            mine = [item[0] for item in queue.get("queue_pending", []) if item[1] == prompt_id]
-            state = "running" if running else f"waiting, {before.index(mine[0]) + 1} in the queue" if mine else last
             if state != last:
                 say(state)
                 last = state
@@ -173,16 +191,32 @@ def save_images(server: Server, workflow: dict, entry: dict, folder: Path) -> li
     images = kept or [image for _, image in found]
     paths = []
     for image in images:
-        data = server.request(
-            "/view?" + urllib.parse.urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")})
-        )
-        inside = [part for part in image.get("subfolder", "").replace("\\", "/").split("/")
-                  if part not in ("", ".", "..")]
-        path = folder.joinpath(*inside, Path(image["filename"]).name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        keys = ("filename", "subfolder", "type")
+        path = folder / safe_path(server, *(image.get(key, "") for key in keys[:2]))
+        try:
+            query = urllib.parse.urlencode({key: image.get(key, "") for key in keys})
+            data = server.request("/view?" + query)
+        except urllib.error.HTTPError as error:
+            raise RunError(FAILED, f"{path.name}: the server answered {error.code} {one_line(error.reason)}") from None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.part")
+            part.write_bytes(data)
+            os.replace(part, path)
+        except OSError as error:
+            raise RunError(FAILED, f"{one_line(path)}: cannot be written: {error.strerror or error}") from None
         paths.append(path)
     return paths
+
+
+def safe_path(server: Server, filename, subfolder) -> Path:
+    """Where an image of a server goes below our folder, whatever the server calls it. RunError for no name at all."""
+    inside = [part for part in str(subfolder).replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    name = str(filename).replace("\\", "/").split("/")[-1]
+    whole = "".join([*inside, name])
+    if not isinstance(filename, str) or name in ("", ".", "..") or not whole.isprintable() or ":" in whole:
+        raise RunError(NO_SERVER, f"{server.url}: names an image {one_line(repr(filename))}, which is no file name")
+    return Path(*inside, name)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -196,9 +230,10 @@ def run(arguments) -> int:
     prompt_id = server.queue(workflow)
     print(f"queued as {prompt_id}", flush=True)
     entry = server.wait(workflow, prompt_id, arguments.timeout, lambda state: print(state, flush=True))
-    if problem := failure(workflow, entry):
-        raise RunError(FAILED, problem)
-    paths = save_images(server, workflow, entry, arguments.out)
+    with understood(server.url):
+        if problem := failure(workflow, entry):
+            raise RunError(FAILED, problem)
+        paths = save_images(server, workflow, entry, arguments.out)
     for path in paths:
         print(path)
     print(f"done in {time.monotonic() - begin:.1f} s, {len(paths)} images")

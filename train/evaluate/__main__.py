@@ -8,6 +8,7 @@ are added to OUT/results.json as they are made: run again to go on, or with othe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -19,13 +20,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gmflow_core.files import write_atomically
+from gmflow_core.cli import open_device, run_command
+from gmflow_core.files import remove_remains, write_picture, write_text
 from gmflow_core.guidance import TILTS
 from gmflow_core.pictures import image_grid
 from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
 
 from ..console import say
 from ..data.digits import Digits
+from ..folder import locked
 from ..runlog import short
 from .digits_metrics import digit_figures, train_svm
 from .features import Features, digits_features, inception, of_pixels, train_classifier
@@ -40,9 +43,17 @@ from .image_metrics import (
     quantise,
     saturation,
 )
-from .reference import Images, Reference, load_reference, measure_reference, real_images, save_reference
+from .reference import (
+    Images,
+    Reference,
+    file_digest,
+    load_reference,
+    measure_reference,
+    real_images,
+    save_reference,
+)
 from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting, draw
-from .subject import Subject, likelihood, open_subject
+from .subject import Subject, classes_in_data, likelihood, old_digest, open_subject
 
 RESULTS, REFERENCE, SAMPLES = "results.json", "reference.safetensors", "samples"
 
@@ -76,8 +87,8 @@ def sample_features(subject: Subject, setting: Setting, features: Features, judg
 
 
 def measure(subject: Subject, setting: Setting, reference: Reference, features: Features, judge: Judge | None,
-            options) -> tuple[dict, Tensor]:
-    """All figures of one setting, and its first images."""
+            classes: Tensor | None, options) -> tuple[dict, Tensor]:
+    """All figures of one setting, and its first images. ``classes``: the data's index of every class of the model."""
     found, labels, figures, images, seconds = sample_features(subject, setting, features, judge, options)
     precision, recall = precision_recall(reference.features, reference.radius, found)
     row = {
@@ -86,9 +97,9 @@ def measure(subject: Subject, setting: Setting, reference: Reference, features: 
         "recall": recall, **figures,
     }
     if judge is not None:
-        row |= judge(images, labels)
-    elif (reference.labels >= 0).all():
-        row["accuracy"] = neighbour_accuracy(reference.features, reference.labels, found, labels)
+        row |= judge(images, classes[labels])
+    elif classes is not None:
+        row["accuracy"] = neighbour_accuracy(reference.features, reference.labels, found, classes[labels])
     return row | {"seconds": seconds, "images_per_second": len(labels) / seconds}, images[: options.shown]
 
 
@@ -153,9 +164,10 @@ class Results:
         if path.exists():
             try:
                 self.content = json.loads(path.read_text(encoding="utf-8"))
+                self.content.setdefault("reference_content", facts["reference_content"])  # older files have none
                 changed = [f"{k}: {self.content[k]} there, {facts[k]} asked for" for k in facts
                            if self.content[k] != facts[k]]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}: not results of this program ({error}); choose another --out") from None
             if changed:
                 raise ValueError(f"{path} compares with something else ({'; '.join(changed)}); choose another --out")
@@ -167,6 +179,11 @@ class Results:
     def about(self, subject: Subject, nll: Callable[[], dict | None]) -> None:
         """Remember a checkpoint. ValueError if another one has its name."""
         known = self.content["checkpoints"]
+        before = known.get(subject.name, {}).get("digest")
+        if before not in (None, subject.digest) and before == old_digest(subject.checkpoint.path):
+            for row in (known[subject.name], *self.content["rows"]):
+                if row["digest"] == before:
+                    row["digest"] = subject.digest
         if subject.name not in known:
             config, training = subject.checkpoint.config, subject.checkpoint.training
             known[subject.name] = {
@@ -182,13 +199,12 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        text = json.dumps(self.content, indent=1) + "\n"
-        write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def sweep(args: argparse.Namespace) -> dict:
     """Everything that was asked for; the content of results.json."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(args.device)
     subjects = [open_subject(path, args.vae, device, args.precision) for path in args.checkpoints]
     if len({s.name for s in subjects}) < len(subjects):
         raise ValueError(f"checkpoints need different names, got {', '.join(s.name for s in subjects)}: "
@@ -207,23 +223,30 @@ def sweep(args: argparse.Namespace) -> dict:
                              f"{subjects[0].name} {subjects[0].image_size}: evaluate them apart")
     is_digits = args.data == "digits"
     network = args.features or ("digits" if is_digits else "inception")
-    kind = f"{network} {Path(args.data).name} {len(images)} {args.real_samples} {subjects[0].image_size}"
+    weights = file_digest(Path(args.inception)) if network == "inception" and args.inception else ""
+    kind = f"{network} {weights} {images.content} {len(images)} {args.real_samples} {subjects[0].image_size}"
     args.out.mkdir(parents=True, exist_ok=True)
     features, judge, about = judges(network, images, args.inception, device)
-    reference = load_reference(args.out / REFERENCE, kind)
+    reference = known = load_reference(args.out / REFERENCE, kind)
     if reference is None:
         reference = measure_reference(images, features, args.real_samples)
-        save_reference(args.out / REFERENCE, reference, kind)
     results = Results(args.out / RESULTS, {
         "reference": reference.name, "real_images": reference.count, "real_saturation": short(reference.saturation),
         "samples": args.samples, "seed": args.seed, **({"features": args.features} if args.features else {}),
+        "reference_content": hashlib.sha256(kind.encode()).hexdigest()[:12],
     })
     results.content |= about
+    if known is None:
+        save_reference(args.out / REFERENCE, reference, kind)
     for subject in subjects:
         results.about(subject, partial(likelihood, subject, images, args.batch))
+        classes = classes_in_data(subject, images)
+        if judge is not None and classes is None:
+            raise ValueError(f"{subject.name}: its classes are not those of {images.name}, which samples are judged by: "
+                             "evaluate it on its own data")
         for setting in tqdm(settings(subject, args), desc=subject.name, unit="row"):
             if not results.has(subject, setting):
-                row, shown = measure(subject, setting, reference, features, judge, args)
+                row, shown = measure(subject, setting, reference, features, judge, classes, args)
                 save_shown(args.out, row, shown)
                 results.add(row)
                 say(f"{subject.name}, {setting.title}, guidance {setting.guidance_title}, {setting.steps} steps: "
@@ -239,7 +262,7 @@ def save_shown(out: Path, row: dict, images: Tensor) -> None:
     name = "".join(c if c.isalnum() or c in "-.+" else "_" for c in " ".join(words)) + ".png"
     (out / SAMPLES).mkdir(exist_ok=True)
     columns = min(-(-len(images) // 2), 16)
-    image_grid(images, columns, scale=max(1, 48 // images.shape[-1])).save(out / SAMPLES / name)
+    write_picture(out / SAMPLES / name, image_grid(images, columns, scale=max(1, 48 // images.shape[-1])))
     row["picture"] = f"{SAMPLES}/{name}"
 
 
@@ -308,20 +331,18 @@ def main(arguments: list[str] | None = None) -> int:
         from .evidence import main as evaluate_evidence
 
         return evaluate_evidence(arguments)
-    args = parse(arguments)
-    try:
-        results = sweep(args)
-        pictures = save_figures(results, args.out)
-        table = markdown(results)
-        (args.out / "table.md").write_text(table, encoding="utf-8")
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table + "\n" + ", ".join(str(args.out / name) for name in [RESULTS, "table.md", *pictures]))
-    return 0
+
+    def action() -> None:
+        args = parse(arguments)
+        with locked(args.out, "evaluates"):
+            remove_remains(args.out)
+            results = sweep(args)
+            pictures = save_figures(results, args.out)
+            table = markdown(results)
+            write_text(args.out / "table.md", table)
+        print(table + "\n" + ", ".join(str(args.out / name) for name in [RESULTS, "table.md", *pictures]))
+
+    return run_command(action, "stopped; run the same command to go on")
 
 
 if __name__ == "__main__":

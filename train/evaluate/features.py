@@ -38,7 +38,8 @@ def inception(weights: str | Path | None, device: torch.device) -> Features:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
         raise ValueError("FID of images needs torch-fidelity: "
-                         f"python -m pip install torch-fidelity ({error})") from None
+                         f"python -m pip install torch-fidelity ({error}); it brings torchvision, "
+                         "which has to suit the installed torch") from None
     try:
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights and str(weights)).to(device)
     except Exception as error:  # whatever a download or a foreign file raises

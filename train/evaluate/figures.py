@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from gmflow_core.files import write_picture
+
 from ..console import say
 from .settings import BASELINES, Setting
 
@@ -119,7 +121,7 @@ def save_figures(results: dict, out: Path) -> list[str]:
                 written.append(f"{name}.png")
     picture = compare(results, out)
     if picture is not None:
-        picture.save(out / "compare.png", optimize=True)
+        write_picture(out / "compare.png", picture, optimize=True)
         written.append("compare.png")
     return written
 

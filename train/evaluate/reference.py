@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from gmflow_core.files import write_safetensors
 
 from ..data.digits import INKS, Digits
-from ..data.images import ImageFolder, find_images
+from ..data.images import ImageFolder, find_images, fingerprint
 from .features import Features
 from .image_metrics import moments, neighbour_radius, quantise, saturation
 
@@ -25,6 +26,7 @@ class DigitImages:
     """Every digit in every ink."""
 
     name, class_names, known = "digits", Digits.class_names, None
+    content = "digits"  # what results and remembered statistics are of: the data, whatever it is called
 
     def __init__(self):
         self.data = Digits.load()
@@ -48,6 +50,7 @@ class FolderImages:
         images = find_images(folder)
         self.name, self.class_names, self.labels = Path(folder).resolve().name, images.classes, images.labels
         self.images = ImageFolder(images, (3, size, size), flip=False)
+        self.content = fingerprint(images)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,7 +68,7 @@ class ArrayImages:
     def __init__(self, path: str):
         import numpy as np
 
-        self.name = Path(path).name
+        self.name, self.content = Path(path).name, file_digest(Path(path))
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in ("arr_0", "mu", "sigma") if key in file}
@@ -84,6 +87,16 @@ class ArrayImages:
 
     def pixels(self, index: Tensor) -> Tensor:
         return self.images[index]
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's bytes; of nothing where there is no such file, which who reads it will say."""
+    total = hashlib.sha256()
+    if path.is_file():
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                total.update(part)
+    return total.hexdigest()
 
 
 Images = DigitImages | FolderImages | ArrayImages

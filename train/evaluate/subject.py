@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gmflow_core import Checkpoint, GMDenoiser, GMDiTConfig, load_checkpoint
+from gmflow_core.checkpoint import read_state
+from gmflow_core.files import shown
 from gmflow_core.path import add_noise
 
-from ..data.images import to_unit
+from ..console import say
+from ..data.decode import to_unit
 from ..vae import Decoder, load_vae
-from .reference import Images
+from .reference import Images, file_digest
 
 NLL_SAMPLES, NLL_SIGMAS = 512, 16
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow makes grey pictures for training
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +44,7 @@ class Subject:
 
     def images(self, x: Tensor) -> Tensor:
         """Samples (B,C,H,W) as images (B,3,S,S) on the CPU."""
-        return (x.float() if self.decode is None else self.decode(x)).cpu()
+        return (x.float().expand(-1, 3, -1, -1) if self.decode is None else self.decode(x)).cpu()
 
 
 def open_subject(path: Path, vae: str | None, device: torch.device, precision: str) -> Subject:
@@ -61,15 +66,44 @@ def open_subject(path: Path, vae: str | None, device: torch.device, precision: s
 
 
 def digest(path: Path) -> str:
-    """Of a checkpoint's files: tells whether it is the one that was evaluated."""
+    """Of what a checkpoint says and holds, whatever the order of its metadata: equal content has an equal digest."""
+    raw = read_state(path)
+    said = {
+        "config": raw.config.to_dict(), "spectrum": raw.spectrum_config and raw.spectrum_config.to_dict(),
+        "latent_space": asdict(raw.latent_space), "class_names": raw.class_names, "training": raw.training,
+    }
+    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for part in (raw.state, raw.spectrum_state or {}):
+        for name, value in sorted(part.items()):
+            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()[:12]
+
+
+def old_digest(path: Path) -> str:
+    """What earlier versions took for a checkpoint's digest: that of its files' bytes."""
     total = hashlib.sha256()
     for part in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-        with open(part, "rb") as file:
-            content = hashlib.sha256()
-            while chunk := file.read(2**20):
-                content.update(chunk)
-            total.update(content.digest())
+        total.update(bytes.fromhex(file_digest(part)))
     return total.hexdigest()[:12]
+
+
+def classes_in_data(subject: Subject, images: Images) -> Tensor | None:
+    """The data's index of every class of the model, by name: (num_classes,) int64. None if they cannot be compared.
+
+    A model that names none is taken to have the data's, in their order, if it has as many; that is said.
+    """
+    names, count, there = subject.checkpoint.class_names, subject.checkpoint.config.num_classes, images.class_names
+    if images.labels is None or there is None:
+        return None
+    if names is None and count == len(there):
+        say(f"{subject.name} names no classes: they are taken to be the data's, in that order")
+        return torch.arange(count)
+    if names is None or sorted(names) != sorted(there) or len(set(names)) < len(names):
+        say(f"{subject.name} has not the data's classes ({shown(names and ', '.join(names))}; in the data "
+            f"{shown(', '.join(there))}): no accuracy, no likelihood")
+        return None
+    return torch.tensor([there.index(name) for name in names])
 
 
 @torch.no_grad()
@@ -79,17 +113,20 @@ def likelihood(subject: Subject, images: Images, batch: int) -> dict | None:
     Its mean over 16 noise levels evenly between 0 and 1 and up to 512 real images, and by quarter of sigma. None for
     a vanilla model, whose variance is not learned, and without class labels that are the model's.
     """
-    names = subject.checkpoint.class_names
-    if subject.vanilla or images.labels is None or names is None or images.class_names != tuple(names):
+    classes = None if subject.vanilla else classes_in_data(subject, images)
+    if classes is None:
         return None
+    of_model = classes.argsort()  # the model's index of every class of the data
     denoiser = GMDenoiser(subject.checkpoint.model)
     device = next(subject.checkpoint.model.parameters()).device
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:NLL_SAMPLES]
     sums = torch.zeros(NLL_SIGMAS, dtype=torch.float64)
     for i, index in enumerate(chosen.split(batch)):
         x_0 = to_unit(images.pixels(index))
+        if subject.checkpoint.config.in_channels == 1:
+            x_0 = (x_0 * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
         x_0 = x_0.to(device) if subject.decode is None else subject.decode.encode(x_0)
-        labels, generator = images.labels[index].to(device), torch.Generator().manual_seed(i)
+        labels, generator = of_model[images.labels[index]].to(device), torch.Generator().manual_seed(i)
         for j in range(NLL_SIGMAS):
             sigma = (j + 0.5) / NLL_SIGMAS
             noise = torch.randn(x_0.shape, generator=generator).to(device)
