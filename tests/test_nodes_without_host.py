@@ -3,6 +3,7 @@
 The pack is imported under another name, as ComfyUI does it, and past nodes/__init__.py, which needs a host.
 """
 
+import json
 import sys
 import types
 from dataclasses import replace
@@ -259,6 +260,56 @@ def test_a_mask_may_depend_on_sigma(pack, config, rng):
     blend = denoiser(torch.randn(1, 3, 4, 4, generator=rng), 0.5).blend
     assert seen == pytest.approx([0.4, 0.4]) and torch.equal(blend.weight, (mask >= 0.4).float().expand_as(blend.weight))
     torch.testing.assert_close(blend.offset, (latent * (mask < 0.4)).expand(1, 3, 4, 4))
+
+
+# ---- models with an adapter ---------------------------------------------------------------------
+
+
+def adapter_info(pack, name):
+    family = next(family for family in pack("gmflow_core.adapter").FAMILIES if family.name == name)
+    return pack("nodes.adapter_info").AdapterInfo(family, 8, 128, 4)
+
+
+@pytest.mark.parametrize("name, latent, space", [
+    ("FLUX.1", (2, 16, 6, 5), (2, 16, 6, 5)), ("Qwen-Image", (2, 16, 1, 6, 5), (2, 16, 6, 5)),
+    ("FLUX.2", (2, 128, 3, 5), (2, 32, 6, 10)),
+])
+def test_latents_of_a_model_with_an_adapter(pack, rng, name, latent, space):
+    info, x = adapter_info(pack, name), torch.randn(latent, generator=rng)
+    assert info.enter(x).shape == space and torch.equal(info.leave(info.enter(x)), x)
+    if name == "Qwen-Image":
+        with pytest.raises(ValueError, match="latent: it has 3 frames or layers"):
+            info.enter(x.expand(-1, -1, 3, -1, -1))
+
+
+def test_lora_modules_in_comfyui_s_names(pack):
+    """Every module of the published adapters has a name and, where it is a part of a layer, its rows."""
+    names = {"FLUX.1": ROOT / "tests/data/piflow/keys_gmflux1.json", "Qwen-Image": ROOT / "tests/data/piflow/keys_gmqwen.json"}
+    for name, file in names.items():
+        info = adapter_info(pack, name)
+        modules = {key.split(".lora_")[0] for key in json.loads(file.read_text()) if ".lora_" in key}
+        found = {module: pack("nodes.adapter_info").host_module(info.family, module, 3072) for module in modules}
+        assert None not in found.values() and len(set(found.values())) == len(modules) == {"FLUX.1": 154, "Qwen-Image": 240}[name]
+    flux, two = adapter_info(pack, "FLUX.1").family, adapter_info(pack, "FLUX.2").family
+    host_module = pack("nodes.adapter_info").host_module
+    assert host_module(flux, "single_transformer_blocks.37.proj_mlp", 3072) == ("single_blocks.37.linear1", (9216, 12288))
+    assert host_module(flux, "transformer_blocks.3.attn.add_k_proj", 10) == ("double_blocks.3.txt_attn.qkv", (10, 10))
+    assert host_module(flux, "time_text_embed.timestep_embedder.linear_2", 10) == ("time_in.out_layer", None)
+    assert host_module(two, "single_stream_modulation.linear", 10) == ("single_stream_modulation.lin", None)
+    assert host_module(two, "transformer_blocks.0.ff.net.2", 10) is None and host_module(flux, "nonsense", 10) is None
+
+
+def test_a_vae_of_another_space_is_refused_for_an_adapter(pack):
+    check = pack("nodes.adapter_info").check_adapter_vae
+    vaes = {name: types.SimpleNamespace(latent_channels=c, latent_dim=d, output_channels=3)
+            for name, c, d in (("FLUX.1", 16, 2), ("Qwen-Image", 16, 3), ("FLUX.2", 128, 2))}
+    for name in vaes:
+        for other, vae in vaes.items():
+            if name == other:
+                check(adapter_info(pack, name), vae)
+            else:
+                with pytest.raises(ValueError, match=f"vae: this one decodes .* connect {name}'s own VAE"):
+                    check(adapter_info(pack, name), vae)
 
 
 # ---- labels and latents -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from recorded import DATA, load, mixture
 
 from gmflow_core import GaussianMixture, flow_sigmas, sample_gm_ode, sample_gm_sde, unguided, velocity_to_posterior
+from gmflow_core.sampler import SamplerOptions, sample, temperatures
 from gmflow_core.schedule import substeps_by_length
 
 CASES = json.loads((DATA / "piflow" / "policy.json").read_text())
@@ -37,6 +38,40 @@ def test_policy(name):
                           shift=case["shift"], temperature=temperatures)
     assert (torch.stack(seen) - r[f"{name}/x_src"]).abs().max() <= 1e-5
     assert (final - r[f"{name}/final"]).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("/auto")])
+def test_the_recipe_is_the_authors(name):
+    """Options that name nothing but the recipe: temperature and substeps are theirs."""
+    r, case = load("piflow/policy"), CASES[name]
+    group, used = name.rpartition("/")[0], []
+
+    def denoiser(x, sigma):
+        used.append(sigma)
+        return unguided(velocity_to_posterior(mixture(r, f"{group}/mixture{len(used) - 1}/"), x, sigma))
+
+    options = SamplerOptions(order=1, temperature=0.0, shift=3.2, recipe="piflow")
+    final = sample(denoiser, r[f"{name.split('/')[0]}/noise"], flow_sigmas(case["nfe"], 3.2, final_step=0.5), options)
+    assert (final - r[f"{name}/final"]).abs().max() <= 2e-5
+
+
+def test_temperatures():
+    """min(1, 0.1 (N - 1)) in every step but the one to 0, none with one step; a given one in the same steps."""
+    for steps in range(1, 14):
+        ends, stops = flow_sigmas(steps).tolist(), flow_sigmas(steps + 1).tolist()[:-1]
+        usual = min(1.0, 0.1 * (steps - 1)) if steps > 1 else 1.0
+        assert temperatures(ends) == pytest.approx([usual] * (steps - 1) + [1.0])
+        assert temperatures(stops) == pytest.approx([usual] * steps)
+        assert temperatures(ends, 0.25) == [0.25] * (steps - 1) + [1.0]
+
+
+def test_the_other_recipe_is_temperature_one_and_equal_substeps():
+    x, sigmas = torch.linspace(-1, 1, 24).reshape(1, 2, 3, 4), flow_sigmas(3, 2.0)
+    run = lambda **options: sample(exact, x, sigmas, SamplerOptions(shift=2.0, **options))  # noqa: E731
+    assert torch.equal(run(), run(temperature=0.0)) and torch.equal(run(), run(substeps=43))
+    assert (run() - run(recipe="piflow", temperature=0.0)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="recipe must be one of gmflow, piflow"):
+        SamplerOptions(recipe="pi-flow")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "sub1" not in name])

@@ -18,12 +18,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from . import text_to_image
 from .graph import Flow, Group, Output, fields, inputs_of, options
 
 HERE = Path(__file__).resolve().parent
 SNAPSHOT = HERE.parent / "tests" / "data" / "object_info.json"
 # Kept short.
-LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")}
+LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")} | text_to_image.LISTED
 DIGITS = "gmdit_digits.safetensors"
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#4a7a4a", "#6d5a96", "#8a6d3b"
 
@@ -338,7 +339,7 @@ Download the [whole repository]({repo}) and make one file of it: *python -m gmfl
 
 WORKFLOWS = [
     quickstart, guidance_sweep, advanced_custom_sampling, core_sampler_compat, inpaint_and_img2img,
-    inspect_components, imagenet_gmdit,
+    inspect_components, imagenet_gmdit, *text_to_image.WORKFLOWS,
 ]
 
 

@@ -391,3 +391,84 @@ def test_bad_files_are_one_line_and_the_server_lives(model, tmp_path):
         error = tiny.host.refused(tiny.graph).rstrip("\n")
         assert message in error and error.startswith("ValueError: ") and "\n" not in error
     assert tiny.host.get("/system_stats")
+
+
+# ---- beside the page: ComfyUI's own objects ---------------------------------------------------------------
+
+
+@pytest.fixture
+def inside(tiny):
+    """A task of inside_adapter.py, in this ComfyUI's Python."""
+
+    def run(task: str, name: str) -> dict:
+        if name == "gmflux2_tiny" and name not in tiny.info["TinyBase"]["input"]["required"]["name"][0]:
+            pytest.skip("this ComfyUI has no FLUX.2")
+        return json.loads(tiny.python_inside(HERE / "inside_adapter.py", str(ROOT), task, name).splitlines()[-1])
+
+    return run
+
+
+@families
+def test_mixtures_of_the_authors_network(inside, name):
+    for found in inside("mixtures", name).values():
+        assert found["means"] <= 1e-5 and found["log_weights"] <= 1e-5 and found["log_std"] <= 1e-6
+
+
+@families
+def test_the_plain_model_stays_as_it_was(inside, name):
+    found = inside("alternating", name)
+    assert all(found["same"]) and len(found["same"]) == 14 and found["captured"]
+
+
+@families
+def test_loras(inside, name):
+    """On a layer that the adapter changes too: in any order; on the replaced layers: ignored and named, right on the plain model."""
+    found = inside("loras", name)
+    assert found["after"] <= 1e-5 and found["before"] <= 1e-5 and found["none"] > 1e-2
+    same, lines, plain, restored = zip(found["ignored"][:4], found["ignored"][4:])
+    assert all(same) and lines == (1, 1) and max(plain) <= 1e-5 and all(restored)
+
+
+@families
+def test_a_lora_as_a_hook(inside, name):
+    found = inside("hooks", name)
+    assert found["difference"] == 0 and found["without"] > 1e-2
+
+
+@families
+def test_narrow_bases(inside, name):
+    """bfloat16 and fp8 bases: not much further from float32 with the adapter than without."""
+    found = inside("dtypes", name)
+    for dtype, limit in (("torch.bfloat16", 0.01), ("torch.float8_e4m3fn", 0.15)):
+        assert found[f"adapter {dtype}"] <= max(2 * found[f"plain {dtype}"], 1e-3) and found[f"adapter {dtype}"] < limit
+
+
+@families
+def test_compiled(inside, name):
+    assert all(inside("compiled", name)["same"])
+
+
+@families
+def test_a_negative_leaves_the_positive_s_mixture(inside, name):
+    found = inside("guidance", name)
+    assert found["mixture"] <= 1e-5 and found["moved"] > 1e-2
+
+
+@families
+def test_odd_sizes_batches_and_reference_latents(inside, name):
+    found = inside("shapes", name)
+    assert len(found) >= 3 and max(found.values()) <= 1e-6
+
+
+@families
+def test_low_memory(inside, name):
+    found = inside("low_memory", name)
+    assert found["lowered"] and found["difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_models_without_the_layers_are_named(inside, name):
+    found = inside("unreachable", name)
+    assert "a Nunchaku model has no layers" in found["NunchakuFluxTransformer"] and "a TensorRT engine has" in found["TrTUnet"]
+    assert "model has no layers" in found["Other"] and "paints latents of" in found["axes"]
+    assert all(text.startswith("ValueError: model: ") for text in found.values())

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "piflow"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OLD = not hasattr(comfy.supported_models, "Flux2")   # 0.3.64: sizes are fixed, norms of query and key are called scale
-NAMES = ["gmflux_tiny", "gmqwen_tiny", "gmflux2_tiny"]
+OLD = not hasattr(comfy.supported_models, "Flux2")   # 0.3.64: fixed sizes, norms of query and key are called scale
+NAMES = ["gmflux_tiny", "gmqwen_tiny", *([] if OLD else ["gmflux2_tiny"])]
 FLUX2 = {
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",

@@ -1,0 +1,285 @@
+"""Runs inside ComfyUI's Python: what a MODEL with an adapter does to the MODEL it came from, and the other way round.
+
+``inside_adapter.py PACK TASK NAME``; prints one JSON object. The pack is loaded as inside.py loads it.
+"""
+
+import asyncio
+import copy
+import importlib.util
+import io
+import json
+import logging
+import sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT, TASK, NAME = sys.argv[1:4]
+sys.argv = ["main.py", "--cpu", *sys.argv[4:]]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.lora  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy_api.latest  # noqa: E402,F401
+import torch  # noqa: E402
+
+import nodes as core  # noqa: E402
+
+sys.path.append(str(Path(__file__).parent / "tiny_pack"))
+import tiny  # noqa: E402
+
+IO = tiny.io(NAME)
+ADAPTER = tiny.DATA / NAME / "adapter" / tiny.WEIGHTS
+HEAD = "proj_out" if NAME == "gmqwen_tiny" else "final_layer.linear"
+MODULATION = "norm_out.linear" if NAME == "gmqwen_tiny" else "final_layer.adaLN_modulation.1"
+BOTH = "transformer_blocks.0.img_mlp.net.2" if NAME == "gmqwen_tiny" else "double_blocks.0.img_mlp.2"  # the adapter's LoRA is here too
+LOG = io.StringIO()
+logging.getLogger().addHandler(logging.StreamHandler(LOG))
+
+
+def load_pack():
+    spec = importlib.util.spec_from_file_location("a-pack", f"{ROOT}/__init__.py", submodule_search_locations=[ROOT])
+    module = sys.modules["a-pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+
+
+load_pack()
+host_adapter, capture = import_module("a-pack.nodes.host_adapter"), import_module("a-pack.nodes.capture")
+unpack = import_module("a-pack.gmflow_core.model").unpack_mixture
+
+
+def adapted(model, strength=1.0):
+    return host_adapter.apply_adapter(model, str(ADAPTER), strength)
+
+
+def latent(t):
+    return t.unsqueeze(2) if NAME == "gmqwen_tiny" else t
+
+
+class Ask(comfy.samplers.CFGGuider):
+    """A guider that only asks the network, once, at its own x and sigma: (denoised, packed mixture or None)."""
+
+    def ask(self, x, sigma):
+        self.answer = None
+
+        def sampler(model, noise, sigmas, extra_args=None, callback=None, disable=None):
+            found = capture.Capture()
+            options = capture.with_capture(extra_args["model_options"], found)
+            denoised = self(x, sigma.expand(len(x)), model_options=options)
+            packed = [found.packed.get(cond["uuid"]) for cond in self.conds["positive"]]
+            self.answer = denoised.clone(), None if packed[0] is None else packed[0].clone()
+            return noise
+
+        zeros = torch.zeros_like(x)
+        self.sample(zeros, zeros, comfy.samplers.KSAMPLER(sampler), torch.tensor([float(sigma.flatten()[0]), 0.0]), disable_pbar=True)
+        return self.answer
+
+
+def ask(model, x=None, sigma=None, row=0, cfg=1.0, negative=None, **extras):
+    """The mean velocity in the base's latent, and the packed mixture, of one row."""
+    x = latent(IO["x"][row : row + 1]) if x is None else x
+    sigma = IO["sigma"][row : row + 1] if sigma is None else sigma
+    positive = tiny.conditioning(NAME, row)
+    positive[0][1].update(extras)
+    guider = Ask(model)
+    guider.set_conds(positive, tiny.conditioning(NAME, row) if negative is None else negative)
+    guider.set_cfg(cfg)
+    with torch.inference_mode():
+        denoised, packed = guider.ask(x, sigma)
+    return (x - denoised) / sigma.reshape(-1, *[1] * (x.ndim - 1)), packed
+
+
+def difference(a, b) -> float:
+    return (a.float().reshape(b.shape) - b).abs().max().item()
+
+
+def against_authors(packed, rows=(0, 1)) -> dict:
+    mixture = unpack(packed, 8)
+    names = {"means": "means", "log_weights": "logweights", "log_std": "logstds"}
+    return {ours: difference(getattr(mixture, ours), torch.cat([IO[theirs][r : r + 1] for r in rows])) for ours, theirs in names.items()}
+
+
+def mixtures() -> dict:
+    """Both stored rows, against the authors' network."""
+    model = adapted(tiny.base(NAME))
+    return {str(row): against_authors(ask(model, row=row)[1], (row,)) for row in (0, 1)}
+
+
+def alternating() -> dict:
+    """A, base, B three times, then unloaded: everything as at first, bit for bit; also the base's own tensors."""
+    base = tiny.base(NAME)
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    plain = ask(base)[0]
+    models = {"A": adapted(base), "base": base, "B": adapted(base, 0.5)}
+    first = {name: ask(model) for name, model in models.items()}
+    same = [torch.equal(first["base"][0], plain), not torch.equal(first["A"][0], first["B"][0])]
+    for _ in range(3):
+        for name, model in models.items():
+            velocity, packed = ask(model)
+            same.append(torch.equal(velocity, first[name][0]) and (packed is None or torch.equal(packed, first[name][1])))
+    comfy.model_management.unload_all_models()
+    after = base.model.state_dict()
+    same += [before.keys() == after.keys(), all(torch.equal(before[key], after[key]) for key in before), torch.equal(ask(base)[0], plain)]
+    return {"same": same, "captured": first["base"][1] is None and first["A"][1] is not None}
+
+
+def user_lora(modules, seed=0) -> dict:
+    """A LoRA in ComfyUI's names for layers of the base."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = tiny.state_dict(NAME)
+    found = {}
+    for module in modules:
+        rows, columns = weights[f"{module}.weight"].shape
+        found[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(rows, 2, generator=generator) * 0.1
+        found[f"diffusion_model.{module}.lora_down.weight"] = torch.randn(2, columns, generator=generator) * 0.1
+    return found
+
+
+def with_lora(model, lora):
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def merged(lora):
+    """The tiny base with a LoRA baked into its weights."""
+    weights, original = tiny.state_dict(NAME), tiny.state_dict
+    for key in {key.split(".lora_")[0] for key in lora}:
+        name = key.removeprefix("diffusion_model.") + ".weight"
+        weights[name] = weights[name] + lora[f"{key}.lora_up.weight"] @ lora[f"{key}.lora_down.weight"]
+    tiny.state_dict = lambda name: weights
+    model = tiny.base(NAME)
+    tiny.state_dict = original
+    return model
+
+
+def loras() -> dict:
+    """A user's LoRA on a layer that the adapter changes too: after it, before it, merged; and on the replaced layers."""
+    lora = user_lora([BOTH])
+    base = tiny.base(NAME)
+    after, before, baked = with_lora(adapted(base), lora), adapted(with_lora(base, lora)), adapted(merged(lora))
+    asked = {name: ask(model)[1] for name, model in {"after": after, "before": before, "merged": baked, "none": adapted(base)}.items()}
+    found = {name: difference(asked[name], asked["merged"]) for name in ("after", "before", "none")}
+
+    lora, plain, ignored = user_lora([HEAD, MODULATION]), ask(base)[0], []
+    for build in (lambda: with_lora(adapted(base), lora), lambda: adapted(with_lora(base, lora))):
+        LOG.truncate(0)
+        model = build()
+        ignored.append(torch.equal(ask(model)[1], asked["none"]))
+        ignored.append(LOG.getvalue().count("is ignored: the adapter replaces these layers"))
+        # The plain model takes the LoRA also right after the adapter has run, and is itself again without it.
+        ignored.append(difference(ask(with_lora(base, lora))[0], ask(merged(lora))[0]))
+        ignored.append(torch.equal(ask(base)[0], plain))
+    return found | {"ignored": ignored}
+
+
+def hooks() -> dict:
+    """A LoRA as a conditioning's hook, on a shared and on the replaced layers, as the very first run: the weight patch."""
+    import comfy.hooks
+
+    lora = user_lora([BOTH, HEAD, MODULATION])
+    model = adapted(tiny.base(NAME))
+    group = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    hooked = ask(model, hooks=group)[1]
+    return {"difference": difference(hooked, ask(with_lora(model, lora))[1]), "without": difference(hooked, ask(model)[1])}
+
+
+def dtypes() -> dict:
+    """Rms relative difference from float32 of the mean, with the adapter and of the plain base."""
+    found = {}
+    exact = {"adapter": ask(adapted(tiny.base(NAME)))[0], "plain": ask(tiny.base(NAME))[0]}
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        base = tiny.base(NAME, dtype)
+        for name, model in (("plain", base), ("adapter", adapted(base))):
+            velocity = ask(model)[0].float()
+            found[f"{name} {dtype}"] = ((velocity - exact[name]).square().mean() / exact[name].square().mean()).sqrt().item()
+    return found
+
+
+def compiled() -> dict:
+    """TorchCompileModel's wrapper, eager backend: the same, mean and mixture."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    plain = adapted(tiny.base(NAME))
+    expected = ask(plain)
+    model = plain.clone()
+    set_torch_compile_wrapper(model, backend="eager")
+    got = [ask(model) for _ in range(2)]
+    again = ask(plain)
+    return {"same": [torch.equal(a, b) for pair in (*got, again) for a, b in zip(pair, expected)]}
+
+
+def guidance() -> dict:
+    """CFG 3 with a negative: one call of the guider, the positive chunk's mixture as alone."""
+    model = adapted(tiny.base(NAME))
+    velocity, packed = ask(model, cfg=3.0, negative=tiny.conditioning(NAME, 1))
+    alone, expected = ask(model)
+    return {"mixture": difference(packed, expected), "moved": difference(velocity, alone)}
+
+
+def shapes() -> dict:
+    """denoised = x - s mean for odd sizes, batches, reference latents, low memory."""
+    model, generator = adapted(tiny.base(NAME)), torch.Generator().manual_seed(0)
+    own = model.get_attachment("gmflow")
+    channels, found = IO["x"].shape[1], {}
+
+    def check(name, x, model=model, **extras):
+        velocity, packed = ask(model, x=latent(x), sigma=torch.full((len(x),), 0.6), **extras)
+        mean = unpack(packed, own.components).mean()
+        found[name] = difference(own.leave(mean), velocity)
+
+    random = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
+    check("odd", random(1, channels, 7, 5))
+    check("batch", random(3, channels, 4, 6))
+    check("reference", random(1, channels, 4, 6), reference_latents=[latent(random(1, channels, 6, 4))])
+    if NAME == "gmqwen_tiny":
+        check("time zero", random(1, channels, 4, 6), reference_latents=[latent(random(1, channels, 6, 4))],
+              reference_latents_method="index_timestep_zero")
+    return found
+
+
+def low_memory() -> dict:
+    """Weights that stay where they are and are cast as they are used: the same mixture."""
+    model = adapted(tiny.base(NAME))
+    full = ask(model)[1]
+    comfy.model_management.unload_all_models()
+    original = comfy.model_management.load_models_gpu
+    model.load(torch.device("cpu"), lowvram_model_memory=1000)
+    comfy.model_management.load_models_gpu = lambda *args, **kwargs: None
+    try:
+        model.patch_model(load_weights=False)
+        low = ask(model)[1]
+        lowered = model.model.model_lowvram
+    finally:
+        comfy.model_management.load_models_gpu = original
+    return {"difference": difference(low, full), "lowered": lowered}
+
+
+def unreachable() -> dict:
+    """What is said to models without the layers, or of another kind, and that they stay as they were."""
+    found = {}
+    for module, name in (("nunchaku.models.transformer", "NunchakuFluxTransformer"), ("comfy_tensorrt", "TrTUnet"), ("somewhere", "Other")):
+        model = tiny.base(NAME)
+        model.model.diffusion_model = type(name, (torch.nn.Module,), {"__module__": module})()
+        found[name] = message(adapted, model)
+    model = tiny.base(NAME)
+    model.model.latent_format = copy.copy(model.model.latent_format)
+    model.model.latent_format.latent_dimensions = 5 - model.model.latent_format.latent_dimensions
+    found["axes"] = message(adapted, model)
+    return found
+
+
+def message(function, *args) -> str:
+    try:
+        function(*args)
+    except Exception as error:  # the test wants to know which
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+TASKS = (mixtures, alternating, loras, hooks, dtypes, compiled, guidance, shapes, low_memory, unreachable)
+assert core
+print(json.dumps({task.__name__: task for task in TASKS}[TASK]()))
