@@ -35,8 +35,8 @@ def _count(state: dict[str, Tensor]) -> int:
     return sum(value.numel() for value in state.values())
 
 
-def format_info(info: dict) -> str:
-    """The dict of :func:`identify` as readable text, a line for each thing."""
+def described(info: dict) -> dict[str, str]:
+    """The dict of :func:`identify` in words, by the thing that they tell of."""
     config, latent, names = info["config"], info["latent_space"], info["class_names"]
     lines = {"format": info["format"]}
     if info["architecture"] == "gmdit":
@@ -62,5 +62,10 @@ def format_info(info: dict) -> str:
     ) or "nothing recorded"
     if info["assumed"]:
         lines["assumed"] = info["assumed"]
-    return "\n".join([shown(info["path"], 400),
-                      *(f"  {name + ':':<12}{shown(text, 400)}" for name, text in lines.items())])
+    return {name: shown(text, 400) for name, text in lines.items()}
+
+
+def format_info(info: dict) -> str:
+    """The dict of :func:`identify` as readable text, a line for each thing."""
+    lines = (f"  {name + ':':<12}{words}" for name, words in described(info).items())
+    return "\n".join([shown(info["path"], 400), *lines])

@@ -315,3 +315,11 @@ def test_command_refuses_in_one_line(tmp_path):
     done = command("--preset", "digits", "--set", "lr=-1", "--out", str(tmp_path / "run"), cwd=os.getcwd())
     assert done.returncode == 2 and done.stderr == "error: lr must be > 0, got -1.0\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_folder_there_is_a_state_all_the_same():
+    trainer = Trainer(TINY, None, CPU)
+    trainer.train_step()
+    state = trainer.state()
+    assert state["step"] == 1 and state["history"] == []
+    assert all(torch.equal(value, trainer.nets.state_dict()[name]) for name, value in state["nets"].items())

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from gmflow_core.cli import Parser, run_command
-from gmflow_core.describe import format_info, identify
+from gmflow_core.describe import described, identify
 from gmflow_core.files import write_text
 
 from .runlog import LOG, read_lines
@@ -222,11 +222,10 @@ def samples(folder: Path) -> str:
 def facts(info: dict | None, config: dict) -> str:
     if info is None:
         return "<p>Nothing has been saved yet; the first save brings them.</p>"
-    described = [line.strip().partition(":")[::2] for line in format_info(info).splitlines()[1:]]
     run = {name: info["training"][name] for name in ("device", "processes", "torch", "init_from")
            if info["training"].get(name)}
-    model = {name: value.strip() for name, value in described
-             if name != "training"} | {"data": config.get("data")} | run
+    model = {name: words for name, words in described(info).items() if name != "training"}
+    model |= {"data": config.get("data"), **run}
     shown = [(name, plain(value)) for name, value in config.items() if name not in HIDDEN]
     half = -(-len(shown) // 2)
     return f'<div class="facts">{"".join(table(rows) for rows in (model.items(), shown[:half], shown[half:]))}</div>'

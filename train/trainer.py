@@ -57,53 +57,60 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path | None, device: torch.device, team: Team | None = None):
         self.folder, self.device, self.team = folder, device, team or Team(device)
-        pieces = self.team.size * config.accumulate
-        if config.batch_size % pieces:
-            raise ValueError(f"batch_size {config.batch_size} does not split into {pieces} equal pieces: "
-                             f"{self.team.size} processes, accumulate={config.accumulate}")
-        data, config = open_data(config)
-        self.data, self.held_out = split(data, config)
-        self.config = config
-        prepare(device, config.tf32)
-        self.nets = build(config, device)
+        check_pieces(config, self.team.size)
+        data, self.config = open_data(config)
+        self.data, self.held_out = split(data, self.config)
         resumed = folder is not None and (folder / STATE).exists()
-        if config.init_from is not None and not resumed:
-            initialise(self.nets, config, config.init_from)
-        self.ema = copy.deepcopy(self.nets).requires_grad_(False)
-        self.averages = {decay: copy.deepcopy(self.ema) for decay in config.ema_decays}  # beside ema
-        self.shared_out = config.parallel == "fsdp" and self.team.size > 1
-        if self.shared_out:
-            for nets in (self.nets, self.ema, *self.averages.values()):
-                self.team.share_out(nets)
-        else:
-            self.nets.to(device)
-            for ema in (self.ema, *self.averages.values()):
-                ema.to(device if config.ema_device == "same" else "cpu")
-        self.optimizer = make_optimizer(config, self.nets, device)
+        self.shared_out = self.config.parallel == "fsdp" and self.team.size > 1
+        self.nets, self.ema, self.averages = self._networks(initialised=not resumed)
+        self.optimizer = make_optimizer(self.config, self.nets, device)
         self.step, self.images, self.seconds, self.smooth_loss = 0, 0, 0.0, None
         self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite
-        self.inputs = Ahead(lambda step: step_inputs(self.config, self.data, step, self.team.part(config.batch_size)))
+        part = self.team.part(config.batch_size)
+        self.inputs = Ahead(lambda step: step_inputs(self.config, self.data, step, part))
         self.copies, self.writer = HostCopies(device), Background()
         self.save_seconds = 0.0  # for which training stood still, since the last line of the log
-        self.run_log, self.changed = None, []  # changed: in words, settings that the run began with and has no more
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.team.first:
-                remove_remains(folder)
-            self.run_log = RunLog(folder, max(config.log_every, config.steps // 20), config.tensorboard)
-            if resumed:
-                self._resume()
-            elif self.team.first:
-                self._begin()
+        self.changed: list[str] = []  # in words, settings that the run began with and has no more
+        self.run_log = None if folder is None else self._open(folder)
+        if resumed:
+            self._resume()
+        elif self.run_log and self.team.first:
+            self._begin()
         self.team.agree({"step": self.step, **self._data()},
                         "all machines need the same --out, on storage that they share, and the same data")
-        if config.checkpoint_activations:
+        self.objective = self._objective()
+        self.speed = Speed(self.config, self.team, self.step, self.seconds)
+
+    def _networks(self, initialised: bool) -> tuple[nn.ModuleDict, nn.ModuleDict, dict[float, nn.ModuleDict]]:
+        """The networks, their moving average and those beside it, where they are kept; whole or shared out."""
+        config, device = self.config, self.device
+        prepare(device, config.tf32)
+        nets = build(config, device)
+        if config.init_from is not None and initialised:
+            initialise(nets, config, config.init_from)
+        ema, *others = (copy.deepcopy(nets).requires_grad_(False) for _ in (config.ema_decay, *config.ema_decays))
+        for module in (nets, ema, *others):
+            if self.shared_out:
+                self.team.share_out(module)
+            else:
+                module.to(device if module is nets or config.ema_device == "same" else "cpu")
+        return nets, ema, dict(zip(config.ema_decays, others, strict=True))
+
+    def _open(self, folder: Path) -> RunLog:
+        """The run's folder without what a killed save left, and its log."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.team.first:
+            remove_remains(folder)
+        return RunLog(folder, max(self.config.log_every, self.config.steps // 20), self.config.tensorboard)
+
+    def _objective(self) -> nn.Module:
+        """What a step calls: the losses of the networks, as the team and the settings want them computed."""
+        if self.config.checkpoint_activations:
             recompute_activations(self.nets["model"])
-        if config.compile:
+        if self.config.compile:
             self.nets["model"].compile()
-        objective = Objective(self.nets, config)
-        self.objective = objective if self.shared_out else self.team.wrap(objective)
-        self.speed = Speed(config, self.team, self.step, self.seconds)
+        objective = Objective(self.nets, self.config)
+        return objective if self.shared_out else self.team.wrap(objective)
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -200,7 +207,8 @@ class Trainer:
             "config": self.config.to_dict(), "data": self._data(), "step": self.step,
             "skipped": [self.skipped, self.skipped_in_a_row], "images": self.images,
             "averages": {f"{decay:g}": ema.state_dict() for decay, ema in self.averages.items()},
-            "seconds": self.seconds, "smooth_loss": self.smooth_loss, "history": self.run_log.history,
+            "seconds": self.seconds, "smooth_loss": self.smooth_loss,
+            "history": self.run_log.history if self.run_log else [],
             "nets": self.nets.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
         }
 
@@ -311,6 +319,14 @@ class Trainer:
     def log(self, numbers: dict) -> None:
         """One line in the log."""
         self.run_log.write(numbers)
+
+
+def check_pieces(config: TrainConfig, processes: int) -> None:
+    """ValueError unless a batch splits evenly over the processes and what each of them accumulates."""
+    pieces = processes * config.accumulate
+    if config.batch_size % pieces:
+        raise ValueError(f"batch_size {config.batch_size} does not split into {pieces} equal pieces: "
+                         f"{processes} processes, accumulate={config.accumulate}")
 
 
 class Ahead:
