@@ -91,7 +91,7 @@ def test_a_missing_mixture_names_the_patch(pack):
     with pytest.raises(ValueError, match=r"positive: .* at sigma 0.500; .*\(EasyCache\)"):
         capturing.gather(capture, [], None, "positive", {}, "a GM sampler")
     capture.add(torch.zeros(2, 9, 4, 4), ["a"])
-    with pytest.raises(ValueError, match=r"a GM sampler needs .* batch 2 x 4 x 4 of 1 x 8 x 8\) because of Tiler of Some-Tiles; remove"):
+    with pytest.raises(ValueError, match=r"a GM sampler needs .*batch 2 x 4 x 4 of 1 x 8 x 8\) because of Tiler of Some-Tiles; remove"):
         capturing.gather(capture, [], None, "positive", {"model_function_wrapper": tiler}, "a GM sampler")
 
 
@@ -257,7 +257,7 @@ def test_a_mask_may_depend_on_sigma(pack, config, rng):
 
     denoiser, _ = host_denoiser(pack, config, masking, denoise_mask=mask, model_options=options)
     blend = denoiser(torch.randn(1, 3, 4, 4, generator=rng), 0.5).blend
-    assert seen == pytest.approx([0.4, 0.4]) and torch.equal(blend.weight, (mask >= 0.4).float())
+    assert seen == pytest.approx([0.4, 0.4]) and torch.equal(blend.weight, (mask >= 0.4).float().expand(1, 3, 4, 4))
     torch.testing.assert_close(blend.offset, (latent * (mask < 0.4)).expand(1, 3, 4, 4))
 
 
