@@ -118,7 +118,7 @@ def pool(mixtures: Sequence[Mixture], strengths: Sequence[float]) -> Mixture:
     if not (min(strengths) >= 0 and sum(strengths) > 0):
         raise ValueError(f"conditionings to combine need strengths >= 0 that are not all 0, got {list(strengths)}")
     shares = mixtures[0].means.new_tensor(strengths) / sum(strengths)
-    var = sum(share * (2 * m.log_std).exp() for share, m in zip(shares, mixtures))
+    var = torch.stack([share * (2 * m.log_std).exp() for share, m in zip(shares, mixtures)]).sum(0)
     logits = torch.cat([m.log_weights + share.log() for share, m in zip(shares, mixtures)], dim=1)
     return GaussianMixture(torch.cat([m.means for m in mixtures], dim=1), logits, 0.5 * var.log())
 

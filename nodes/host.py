@@ -164,7 +164,7 @@ def register_models(folder: Path) -> None:
 
 def category() -> str:
     """The pack's place in the menu, beside the core's samplers."""
-    return f"{core.KSampler.CATEGORY}/GMFlow"
+    return f"{core.KSampler.CATEGORY}/GMFlow"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def intermediate_device():
@@ -178,7 +178,10 @@ def decoder(model, vae=None):
     """
     space, info = model.model.latent_format, require_gmflow(model)
     if vae is not None:
-        (check_adapter_vae if isinstance(info, AdapterInfo) else check_vae)(info, vae)
+        if isinstance(info, AdapterInfo):
+            check_adapter_vae(info, vae)
+        else:
+            check_vae(info, vae)
 
     def decode(x):
         if vae is not None:
@@ -222,7 +225,7 @@ def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool =
         raise CheckpointError(f"{path}: this GMFlow model paints points in the plane, not images; "
                               "see python -m gmflow_core sample")
     spectrum = None
-    if raw.spectrum_config is not None:
+    if raw.spectrum_config is not None and raw.spectrum_state is not None:
         spectrum = build_network(raw.spectrum_config, raw.spectrum_state, "cpu", torch.float32, path)
     config = GMFlowConfig(ModelInfo(raw.config, raw.class_names, raw.latent_space, spectrum))
     mm, supported = comfy.model_management, GMFlowConfig.supported_inference_dtypes

@@ -100,7 +100,7 @@ class HostDenoiser:
                 f"skips it ({evaluating(self.model_options) or 'LazyCache'}) cannot be combined with GM samplers"
             )
         guided = capture.guided or guided_by_mean(self.positive(capture), capture.mean)
-        blend = self.blend(x, out, capture)
+        blend = self.blend(x, out, capture, capture.mean)
         return guided if blend is None else replace(guided, blend=blend)
 
     def positive(self, capture: Capture):
@@ -109,10 +109,9 @@ class HostDenoiser:
         positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
         return gather(capture, positive, self.info, "positive", self.model_options, "a GM sampler")
 
-    def blend(self, x: Tensor, out: Tensor, capture: Capture) -> Blend | None:
+    def blend(self, x: Tensor, out: Tensor, capture: Capture, mean: Tensor) -> Blend | None:
         """What turns the guider's mean into ``out``; with a mask m its weight is m, so that known pixels stay known."""
-        mean, mask = capture.mean, self.mask(out, capture.sigma)
-        out = self.info.enter(out)
+        mask, out = self.mask(out, capture.sigma), self.info.enter(out)
         if mask is not None:
             mask = self.info.enter(mask)
             return Blend(mask, out - mask * mean, capture.x)
