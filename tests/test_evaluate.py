@@ -130,11 +130,11 @@ def test_digits_come_in_every_ink():
     assert (pixels.amax(1) == pixels[:1].amax(1)).all()
 
 
-def folder_of_images(root, size=20):
+def folder_of_images(root, size=20, count=6):
     rng = np.random.default_rng(0)
     for name, red in (("ant", 200), ("bee", 20)):
         (root / name).mkdir(parents=True)
-        for i in range(6):
+        for i in range(count):
             array = rng.integers(0, 50, (size, size, 3), dtype=np.uint8)
             array[..., 0] += red
             Image.fromarray(array).save(root / name / f"{i}.png")
@@ -273,6 +273,23 @@ def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):
     assert content["checkpoints"]["same"]["nll"]["mean"] and content["checkpoints"]["other"]["nll"] is None
 
 
+def test_a_folder_of_small_pictures_and_a_classifier_of_them(tmp_path, quick, monkeypatch):
+    """The classifier of the folder gives features and accuracy; the table says how well it reads; rows keep more samples."""
+    monkeypatch.setattr("train.evaluate.features.STEPS", 60)
+    folder = folder_of_images(tmp_path / "bugs", 16, 20)
+    model, out = save(tmp_path / "gm.safetensors", classes=2, names=("ant", "bee")), tmp_path / "out"
+    assert run(model, "--data", folder, "--features", "classifier", "--steps", 2, "--solvers", "gm-ode1", "--shown", 8,
+               "--out", out) == 0
+    content = json.loads((out / RESULTS).read_text())
+    (row,) = content["rows"]
+    assert content["features"] == "classifier" and content["classifier"]["held_out"] == 1 and 0 <= row["accuracy"] <= 1
+    assert row["mottling"] > 5 and 5 < content["classifier"]["real_mottling"] < 30  # of a network not trained, of noise
+    table = (out / "table.md").read_text()
+    assert "a classifier's that reads 100.00% of held-out real images; the mottling of real" in table and "| mottling |" in table
+    assert Image.open(out / row["picture"]).size == (4 * 32 + 5 * 2, 2 * 32 + 3 * 2)
+    assert run(model, "--data", folder, "--steps", 2, "--out", out) == 2  # features of another kind
+
+
 def tiny_vae(path, **options):
     kl = importable("diffusers", "AutoencoderKL")
     torch.manual_seed(0)
@@ -308,6 +325,8 @@ def test_latents_are_decoded(tmp_path, quick, monkeypatch, capsys):
     (["--data", "digits", "--guidance", "1.5"], r"probabilistic scales in \[0, 1\), got 1.5; CFG scales are --cfg"),
     (["--data", "digits", "--cfg", "0.5"], "--cfg must be >= 1, got 0.5"),
     (["--data", "digits", "--steps", "0"], "--steps must be >= 1, got 0"),
+    (["--data", "digits", "--shown", "0"], "--shown must be >= 1, got 0"),
+    (["--data", "digits", "--features", "classifier"], "the digits have features of their own"),
 ])
 def test_bad_arguments(files, arguments, message, capsys):
     import re

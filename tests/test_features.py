@@ -1,11 +1,11 @@
-"""Feature networks: the digits' by its recipe, Inception of torch-fidelity."""
+"""Feature networks: the digits' and any small pictures' by their recipes, Inception of torch-fidelity."""
 
 import pytest
 import torch
 from packages import importable
 
 from train.data.digits import INKS, Digits
-from train.evaluate.features import DigitsNet, digits_features, inception, train_digits_net
+from train.evaluate.features import DigitsNet, digits_features, inception, of_pixels, train_classifier, train_digits_net
 from train.evaluate.image_metrics import frechet_distance, moments, quantise
 
 CPU = torch.device("cpu")
@@ -61,6 +61,77 @@ def test_digits_features_are_of_pixels(data, monkeypatch):
     monkeypatch.setattr("train.evaluate.features.STEPS", 1)
     found = digits_features(data)(inked(data, 1)[0][:1100])
     assert found.shape == (1100, 64) and found.isfinite().all() and isinstance(DigitsNet(), torch.nn.Module)
+
+
+# ---- a classifier of any small pictures ----------------------------------------------------------
+
+class Shapes:
+    """Stripes down, stripes across and plain pictures of 13 x 13 in random colours, with what Images have."""
+
+    name, class_names = "shapes", ("down", "across", "plain")
+
+    def __init__(self, count=900):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.randint(3, (count,), generator=generator)
+        colours = torch.rand((count, 2, 3), generator=generator)
+        stripe = (torch.arange(13) // 2 % 2).float()
+        masks = torch.stack([stripe.expand(13, 13), stripe[:, None].expand(13, 13), torch.zeros(13, 13)])[self.labels]
+        self.images = (255 * torch.lerp(*colours[..., None, None].unbind(1), masks[:, None])).to(torch.uint8)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def pixels(self, index):
+        return self.images[index]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.evaluate.features.STEPS", 200)
+        return train_classifier(Shapes())
+
+
+def test_the_classifier_reads_pictures_it_never_saw(classifier):
+    shapes = Shapes()
+    assert classifier.held_out >= 0.95
+    found = classifier.judge(shapes.images / 127.5 - 1, shapes.labels)
+    assert found["accuracy"] >= 0.95
+    wrong = classifier.judge(shapes.images / 127.5 - 1, (shapes.labels + 1) % 3)
+    assert wrong["accuracy"] == pytest.approx((classifier.read(shapes.images) == (shapes.labels + 1) % 3).double().mean())
+    assert wrong["accuracy"] <= 0.05
+
+
+def test_the_held_out_tenth_is_not_learnt_by_heart(monkeypatch):
+    """Labels without meaning cannot be read where they were not seen, nor those of pictures that were shown."""
+    monkeypatch.setattr("train.evaluate.features.STEPS", 200)
+    shapes, seen = Shapes(200), []
+    shapes.labels = torch.randint(3, (200,), generator=torch.Generator().manual_seed(1))
+    pixels = shapes.pixels
+    shapes.pixels = lambda index: seen.append(index) or pixels(index)
+    found = train_classifier(shapes)
+    assert found.held_out < 0.7
+    trained, read = torch.cat(seen[:-1]).unique(), seen[-1]
+    assert len(trained) == 180 and len(read) == 20 and not set(trained.tolist()) & set(read.tolist())
+
+
+def test_the_classifiers_features_see_shape_and_colour(classifier):
+    shapes, features = Shapes(), of_pixels(classifier.net)
+    real, other = moments(features(shapes.images[::2])), features(shapes.images[1::2])
+    floor = frechet_distance(real, moments(other))
+    green = shapes.images[1::2].clone()
+    green[:, 0] = 0
+    turned = shapes.images[1::2][shapes.labels[1::2] != 2]  # without the plain ones
+    assert min(frechet_distance(real, moments(features(x))) for x in (green, turned)) > 5 * floor
+
+
+def test_a_classifier_needs_classes():
+    shapes = Shapes(19)
+    with pytest.raises(ValueError, match="shapes must be a folder with a subfolder for each class, of 20 images"):
+        train_classifier(shapes)
+    shapes.labels = None
+    with pytest.raises(ValueError, match="learns to tell classes apart"):
+        train_classifier(shapes)
 
 
 # ---- Inception ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from train.evaluate.image_metrics import (
     distances,
     frechet_distance,
     moments,
+    mottling,
     neighbour_radius,
     overshoot,
     precision_recall,
@@ -115,3 +116,13 @@ def test_overshoot_and_quantise():
     x = torch.tensor([-1.5, -1.0, 0.0, 1.0, 3.0, 1.0]).view(1, 3, 1, 2)
     assert overshoot(x).item() == pytest.approx(math.sqrt((0.25 + 4) / 6))
     assert quantise(x).flatten().tolist() == [0, 0, 128, 255, 255, 255]
+
+
+def test_mottling_is_the_deviation_of_noise_and_nothing_in_flat_pictures(rng):
+    """The median of |N(0, 2 s^2)| is 0.9539 s; an edge is a few pixels, which a median does not see."""
+    flat = torch.full((2, 3, 64, 64), 100.0)
+    flat[..., 32:] = 200
+    assert mottling(flat.to(torch.uint8)).tolist() == [0, 0]
+    noise = torch.randn(flat.shape, generator=rng)
+    found = mottling((flat + 20 * noise).round().to(torch.uint8))
+    assert found.tolist() == pytest.approx([0.9539 * 20] * 2, rel=0.06)

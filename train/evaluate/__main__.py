@@ -28,34 +28,40 @@ from ..console import say
 from ..data.digits import Digits
 from ..runlog import short
 from .digits_metrics import digit_figures, train_svm
-from .features import Features, digits_features, inception
+from .features import Features, digits_features, inception, of_pixels, train_classifier
 from .figures import markdown, save_figures
-from .image_metrics import distances, frechet_distance, moments, overshoot, precision_recall, quantise, saturation
-from .reference import Reference, load_reference, measure_reference, real_images, save_reference
+from .image_metrics import (
+    distances,
+    frechet_distance,
+    moments,
+    mottling,
+    overshoot,
+    precision_recall,
+    quantise,
+    saturation,
+)
+from .reference import Images, Reference, load_reference, measure_reference, real_images, save_reference
 from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting, draw
 from .subject import Subject, likelihood, open_subject
 
 RESULTS, REFERENCE, SAMPLES = "results.json", "reference.safetensors", "samples"
-SHOWN = 10        # samples of every row that are kept as a picture, one a class
-
 
 # ---- one row -----------------------------------------------------------------------------------
 
 Judge = Callable[[Tensor, Tensor], dict[str, float]]  # images (N,3,S,S) in [-1,1] and labels (N,) -> figures
 
 
-def sample_features(subject: Subject, setting: Setting, features: Features, judge: Judge | None, samples: int,
-                    batch: int, seed: int):
+def sample_features(subject: Subject, setting: Setting, features: Features, judge: Judge | None, options):
     """Features (N,D), labels (N,), means of the figures that need images, the first images,
     and the seconds of sampling."""
-    classes = subject.checkpoint.config.num_classes
-    labels = torch.arange(samples) % classes
+    samples, batch = options.samples, options.batch
+    labels = torch.arange(samples) % subject.checkpoint.config.num_classes
     parts, sums, first, seconds = [], {}, [], 0.0
     for i, part in enumerate(tqdm(labels.split(batch), desc=f"{setting.title}, {setting.steps} steps", unit="batch",
                                   leave=False)):
         start = time.perf_counter()
         # A batch's seed depends on its place alone: the same noise for every setting.
-        x = subject.images(draw(subject.checkpoint, setting, part, (seed << 20) + i))
+        x = subject.images(draw(subject.checkpoint, setting, part, (options.seed << 20) + i))
         seconds += time.perf_counter() - start
         if not x.isfinite().all():
             raise ValueError(f"{subject.name}, {setting.title}, {setting.steps} steps: samples are not finite")
@@ -64,7 +70,7 @@ def sample_features(subject: Subject, setting: Setting, features: Features, judg
         shades = {"saturation": saturation(pixels), "overshoot": overshoot(x)}
         for name, value in shades.items():
             sums[name] = sums.get(name, 0.0) + value.sum().item() / samples
-        if judge is not None or sum(map(len, first)) < SHOWN:
+        if judge is not None or sum(map(len, first)) < options.shown:
             first.append(x)
     return torch.cat(parts), labels, sums, torch.cat(first), seconds
 
@@ -72,9 +78,7 @@ def sample_features(subject: Subject, setting: Setting, features: Features, judg
 def measure(subject: Subject, setting: Setting, reference: Reference, features: Features, judge: Judge | None,
             options) -> tuple[dict, Tensor]:
     """All figures of one setting, and its first images."""
-    found, labels, figures, images, seconds = sample_features(
-        subject, setting, features, judge, options.samples, options.batch, options.seed
-    )
+    found, labels, figures, images, seconds = sample_features(subject, setting, features, judge, options)
     precision, recall = precision_recall(reference.features, reference.radius, found)
     row = {
         "checkpoint": subject.name, "digest": subject.digest, "components": subject.checkpoint.config.num_gaussians,
@@ -85,7 +89,7 @@ def measure(subject: Subject, setting: Setting, reference: Reference, features: 
         row |= judge(images, labels)
     elif (reference.labels >= 0).all():
         row["accuracy"] = neighbour_accuracy(reference.features, reference.labels, found, labels)
-    return row | {"seconds": seconds, "images_per_second": len(labels) / seconds}, images[:SHOWN]
+    return row | {"seconds": seconds, "images_per_second": len(labels) / seconds}, images[: options.shown]
 
 
 def neighbour_accuracy(real: Tensor, real_labels: Tensor, fake: Tensor, labels: Tensor, k: int = 5) -> float:
@@ -125,6 +129,19 @@ def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
         if w and method == "probabilistic":
             found += [Setting("gm-ode2", n, w, method, orthogonal=0.0)]
     return found
+
+
+def judges(network: str, images: Images, weights: str | None, device) -> tuple[Features, Judge | None, dict]:
+    """The feature network that was asked for, what it or another judges samples by, and what the results say of it."""
+    if network == "digits":
+        return digits_features(images.data), partial(digit_figures, svm=train_svm(Digits.load())), {}
+    if network == "inception":
+        return inception(weights, device), None, {}
+    classifier = train_classifier(images)
+    say(f"the classifier reads {classifier.held_out:.2%} of the held-out tenth of {images.name}")
+    some = images.pixels(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1000])
+    about = {"held_out": short(classifier.held_out), "real_mottling": short(mottling(some).mean().item())}
+    return of_pixels(classifier.net), classifier.judge, {"classifier": about}
 
 
 class Results:
@@ -188,20 +205,19 @@ def sweep(args: argparse.Namespace) -> dict:
             raise ValueError(f"{subject.name} makes {subject.image_size} pixels, "
                              f"{subjects[0].name} {subjects[0].image_size}: evaluate them apart")
     is_digits = args.data == "digits"
-    kind = (f"{'digits' if is_digits else 'inception'} {Path(args.data).name} {len(images)} {args.real_samples} "
-            f"{subjects[0].image_size}")
+    network = args.features or ("digits" if is_digits else "inception")
+    kind = f"{network} {Path(args.data).name} {len(images)} {args.real_samples} {subjects[0].image_size}"
     args.out.mkdir(parents=True, exist_ok=True)
-    features = digits_features(images.data) if is_digits else inception(args.inception, device)
+    features, judge, about = judges(network, images, args.inception, device)
     reference = load_reference(args.out / REFERENCE, kind)
     if reference is None:
         reference = measure_reference(images, features, args.real_samples)
         save_reference(args.out / REFERENCE, reference, kind)
     results = Results(args.out / RESULTS, {
         "reference": reference.name, "real_images": reference.count, "real_saturation": short(reference.saturation),
-        "samples": args.samples, "seed": args.seed,
+        "samples": args.samples, "seed": args.seed, **({"features": args.features} if args.features else {}),
     })
-    svm = train_svm(Digits.load()) if is_digits else None
-    judge = (lambda images, labels: digit_figures(images, labels, svm)) if is_digits else None
+    results.content |= about
     for subject in subjects:
         results.about(subject, partial(likelihood, subject, images, args.batch))
         for setting in tqdm(settings(subject, args), desc=subject.name, unit="row"):
@@ -221,7 +237,8 @@ def save_shown(out: Path, row: dict, images: Tensor) -> None:
     words = [row["checkpoint"], setting.title, f"{setting.steps} steps", setting.guidance_title]
     name = "".join(c if c.isalnum() or c in "-.+" else "_" for c in " ".join(words)) + ".png"
     (out / SAMPLES).mkdir(exist_ok=True)
-    image_grid(images, -(-len(images) // 2), scale=max(1, 32 // images.shape[-1])).save(out / SAMPLES / name)
+    columns = min(-(-len(images) // 2), 16)
+    image_grid(images, columns, scale=-(-32 // images.shape[-1])).save(out / SAMPLES / name)
     row["picture"] = f"{SAMPLES}/{name}"
 
 
@@ -254,6 +271,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", help="of latents: a diffusers AutoencoderKL, a folder or a name on the hub")
     parser.add_argument("--inception", help="torch-fidelity's weights file (default: it downloads its own)")
+    parser.add_argument("--features", choices=("inception", "classifier"),
+                        help="of a folder's images: Inception's, or for small pictures those of a small classifier "
+                             "that learns the folder's classes first (default inception; the digits have their own)")
+    parser.add_argument("--shown", type=int, default=10, metavar="N",
+                        help="first samples of each setting that are kept as a picture (default 10)")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32",
                         help="of the network (default float32)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
@@ -265,10 +287,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, values, low in (
         ("steps", args.steps, 1), ("samples", [args.samples], 5), ("real-samples", [args.real_samples], 5),
         ("batch", [args.batch], 1), ("cfg", args.cfg, 1), ("corrections", [args.corrections], 0),
-        ("substeps", [args.substeps], 0),
+        ("substeps", [args.substeps], 0), ("shown", [args.shown], 1),
     ):
         if min(values, default=low) < low:
             parser.error(f"--{name} must be >= {low}, got {min(values)}")
+    if args.data == "digits" and args.features:
+        parser.error(f"--features {args.features} is of a folder's images: the digits have features of their own")
     if any(not 0 <= w < 1 for w in args.guidance):
         parser.error("--guidance takes probabilistic scales in [0, 1), "
                      f"got {max(args.guidance, key=abs):g}; CFG scales are --cfg")

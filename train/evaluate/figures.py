@@ -14,7 +14,8 @@ MARKS = "osD^vPX*"
 TILE = 640  # largest side in compare.png
 COLUMNS = {
     "fid": ("FID", "{:.2f}"), "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
-    "saturation": ("saturation", "{:.3f}"), "overshoot": ("overshoot", "{:.4f}"), "accuracy": ("accuracy", "{:.1%}"),
+    "saturation": ("saturation", "{:.3f}"), "overshoot": ("overshoot", "{:.4f}"), "mottling": ("mottling", "{:.2f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
     "on_palette": ("on palette", "{:.1%}"), "one_ink": ("one ink", "{:.1%}"), "ink_min": ("rarest ink", "{:.1%}"),
 }
 
@@ -30,6 +31,9 @@ def markdown(results: dict) -> str:
         f"({results['reference']}; their saturation is {results['real_saturation']:.3f}).", "",
         "| " + " | ".join(head) + " |", "|" + " --- |" * len(head),
     ]
+    if classifier := results.get("classifier"):
+        lines[1:1] = [f"Features and accuracy are a classifier's that reads {classifier['held_out']:.2%} of held-out "
+                      f"real images; the mottling of real images is {classifier['real_mottling']:.2f}."]
     for row in sorted(results["rows"], key=lambda row: list(results["checkpoints"]).index(row["checkpoint"])):
         setting = Setting.of_row(row)
         figures = [COLUMNS[name][1].format(row[name]) if row.get(name) is not None else "-" for name in shown]
