@@ -43,15 +43,7 @@ from .image_metrics import (
     quantise,
     saturation,
 )
-from .reference import (
-    Images,
-    Reference,
-    file_digest,
-    load_reference,
-    measure_reference,
-    real_images,
-    save_reference,
-)
+from .reference import Images, Reference, file_digest, load_reference, measure_reference, real_images, save_reference
 from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting, draw
 from .subject import Subject, classes_in_data, likelihood, old_digest, open_subject
 
