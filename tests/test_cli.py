@@ -83,7 +83,8 @@ def test_noise_streams_are_standard_and_independent():
 
 @pytest.mark.parametrize("spectral", [False, True])
 def test_a_run_cut_between_steps_goes_on_as_one(spectral):
-    """GM-SDE of order 1, one step at a time with a new noise of the same seed: the unsplit run, and no draw comes twice."""
+    """GM-SDE of order 1, one step at a time with a new noise of the same seed:
+    the unsplit run, and no draw comes twice."""
     prior, spectrum, sigmas, draws = ExactPrior.example(channels=3, dtype=torch.float32), None, flow_sigmas(5), []
     if spectral:
         spectrum = lambda gaussian: torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4).expand(4, -1, -1, -1)  # noqa: E731

@@ -74,7 +74,8 @@ def test_a_capture_keeps_chunks_by_conditioning(pack):
     capture = pack("nodes.capture").Capture(x, torch.tensor([0.25, 0.25]))
     packed = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 9, 4, 4)
     capture.add(packed, ["a", "b", "c"])
-    assert torch.equal(capture.packed["b"], packed[2:4]) and list(capture.packed) == ["a", "b", "c"] and capture.sigma == 0.25
+    assert torch.equal(capture.packed["b"], packed[2:4]) and list(capture.packed) == ["a", "b", "c"]
+    assert capture.sigma == 0.25
     capture.add(-packed[:2], ["b"])  # a second evaluation, say of a patch that perturbs
     assert torch.equal(capture.packed["b"], packed[2:4]) and capture.parts is None
     capture.add(packed[:, :, :2], ["d", "e", "f"])
@@ -91,7 +92,8 @@ def test_a_missing_mixture_names_the_patch(pack):
     with pytest.raises(ValueError, match=r"positive: .* at sigma 0.500; .*\(EasyCache\)"):
         capturing.gather(capture, [], None, "positive", {}, "a GM sampler")
     capture.add(torch.zeros(2, 9, 4, 4), ["a"])
-    with pytest.raises(ValueError, match=r"a GM sampler needs .* batch 2 x 4 x 4 of 1 x 8 x 8\) because of Tiler of Some-Tiles; remove"):
+    with pytest.raises(ValueError, match=r"a GM sampler needs .* batch 2 x 4 x 4 of 1 x 8 x 8\) because of Tiler "
+                                         r"of Some-Tiles; remove"):
         capturing.gather(capture, [], None, "positive", {"model_function_wrapper": tiler}, "a GM sampler")
 
 
@@ -142,7 +144,8 @@ def test_when_guidance_acts(pack):
 @pytest.mark.parametrize("settings, message", [
     (dict(scale=1.0), r"in \[0, 1\), got 1.0"), (dict(scale=-0.1), "got -0.1"), (dict(scale=float("nan")), "got nan"),
     (dict(orthogonal=2.0), "orthogonal"), (dict(method="cfg"), "method must be one of"),
-    (dict(cfg_scale=0.5), "cfg_scale must be a finite number >= 1"), (dict(interval=(0.2, 0.8)), "start before it ends"),
+    (dict(cfg_scale=0.5), "cfg_scale must be a finite number >= 1"),
+    (dict(interval=(0.2, 0.8)), "start before it ends"),
 ])
 def test_bad_guidance(pack, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -153,7 +156,8 @@ def test_sigmas_of_foreign_schedulers(pack):
     clean = pack("nodes.solving").clean_sigmas
     assert clean(torch.tensor([1.00001, 0.5, 0.5, 0.0])).tolist() == [1.0, 0.5, 0.0]
     for wrong in ([14.6, 1.0, 0.0], [0.5, 0.8, 0.0], [1.0, 0.5, -0.1], [1.0, float("nan"), 0.0]):
-        with pytest.raises(ValueError, match=r"sigmas must fall strictly within \[0, 1\], got \[.*use GMFlow Scheduler"):
+        with pytest.raises(ValueError,
+                           match=r"sigmas must fall strictly within \[0, 1\], got \[.*use GMFlow Scheduler"):
             clean(torch.tensor(wrong))
 
 
@@ -174,7 +178,9 @@ class Guider:
             options["transformer_options"]["gmflow_capture"].add(packed, ["p"])
             return x - sigma.reshape(-1, 1, 1, 1) * means
 
-        return predict(x, sigma, model_options, seed) if self.watch is None else self.watch(predict, x, sigma, model_options, seed)
+        return predict(x, sigma, model_options, seed) if self.watch is None else self.watch(
+            predict, x, sigma, model_options, seed,
+        )
 
 
 def host_denoiser(pack, config, wrapper, **extra_args):
@@ -216,7 +222,8 @@ def test_what_is_wrapped_around_a_guider_acts(pack, config, rng):
     """Against euler's rule: x_0 is what the whole model answers, whatever sigma and x the network saw."""
     x = torch.randn(2, 3, 4, 4, generator=rng)
     for wrapper, expected in (
-        (plain, x * (1 - 0.5 * 0.5)), (lying, x * (1 - 0.4 * 0.5)), (brighter, x * (1 - 0.5 * 0.5) + 0.25), (thinking, 2 * x * (1 - 0.5 * 0.5)),
+        (plain, x * (1 - 0.5 * 0.5)), (lying, x * (1 - 0.4 * 0.5)), (brighter, x * (1 - 0.5 * 0.5) + 0.25),
+        (thinking, 2 * x * (1 - 0.5 * 0.5)),
     ):
         denoiser, guider = host_denoiser(pack, config, wrapper)
         seen = x.clone()
@@ -226,7 +233,8 @@ def test_what_is_wrapped_around_a_guider_acts(pack, config, rng):
         assert (guided.blend is None) == (wrapper is not brighter)
         assert torch.equal(seen, 2 * x if wrapper is thinking else x)
         denoiser(seen, 0.25)
-        assert all(options is denoiser.model_options for *_, options in guider.calls)  # one dict, in which patches keep state
+        # One dict, in which patches keep state.
+        assert all(options is denoiser.model_options for *_, options in guider.calls)
         assert denoiser.model_options == {"transformer_options": {}}
 
 

@@ -27,7 +27,8 @@ FLAGGED = (
 )
 # What ComfyUI itself installs, and ComfyUI.
 BROUGHT = {
-    "torch", "safetensors", "numpy", "PIL", "tqdm", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "nodes",
+    "torch", "safetensors", "numpy", "PIL", "tqdm", "comfy", "comfy_api", "comfy_execution", "folder_paths",
+    "latent_preview", "nodes",
 }
 
 LARGEST = 9e6  # bytes of the archive

@@ -22,7 +22,8 @@ def mixture(rng):
 
 
 @pytest.mark.parametrize("place, name", [
-    (torch.special, "erfc"), (torch.special, "ndtri"), (torch.special, "log_ndtr"), (torch.fft, "fftn"), (torch, "multinomial"),
+    (torch.special, "erfc"), (torch.special, "ndtri"), (torch.special, "log_ndtr"), (torch.fft, "fftn"),
+    (torch, "multinomial"),
 ])
 def test_a_missing_kernel_is_computed_on_the_cpu(rng, monkeypatch, place, name):
     """An operation that fails where it is first asked, as on a device without it, and works after the move."""
@@ -44,7 +45,7 @@ def test_a_missing_kernel_is_computed_on_the_cpu(rng, monkeypatch, place, name):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(place, name, fails_once)
-    for got, want in zip(results(), expected):
+    for got, want in zip(results(), expected, strict=True):
         assert torch.equal(got, want)
     assert refused == [name]
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -207,7 +208,8 @@ def blended(weight, x_0):
 
 @solvers
 def test_a_blend_is_one_of_x_0_once_a_step(x, rng, solver):
-    """Against its definition: x_next of the blended x_0 is (1 - m) of a step to the known x_0 and m of the solver's own."""
+    """Against its definition: x_next of the blended x_0 is (1 - m) of a step to the known x_0 and m of the solver's
+    own."""
     x_0, sigmas = torch.randn(x.shape, generator=rng), torch.tensor([0.8, 0.5])
     mask = torch.rand(1, 1, 4, 4, generator=rng)
     free = run(solver, PRIOR.denoiser, x, sigmas)
@@ -257,7 +259,7 @@ def test_a_soft_mask_does_not_harden_with_substeps(rng, value):
     x_0, noise = torch.randn(2, 40, 3, 4, 4, generator=rng)
     mask, sigmas = torch.full((1, 1, 4, 4), value), flow_sigmas(8)
     x, denoiser = noise, masked(mask, x_0, noise)
-    for s, s_next in zip(sigmas, sigmas[1:]):
+    for s, s_next in pairwise(sigmas):
         guided = denoiser(x, float(s))
         x = torch.lerp(guided.blend(guided.posterior.mean()), x, float(s_next / s))
     euler = (x - x_0).abs().mean()

@@ -371,6 +371,7 @@ def test_a_later_shift_wins_and_is_named(model, name):
 def test_bad_files_are_one_line_and_the_server_lives(model, tmp_path):
     """The file's own faults are in tests/test_adapter.py; here what the page shows of some."""
     state = load_file(DATA / "gmflux_tiny" / "adapter" / WEIGHTS)
+    block = "single_transformer_blocks.%d.proj_mlp"
     cases = {
         "dx": ({k: v for k, v in state.items() if "proj_out_" not in k} | {"proj_out.weight": torch.ones(640, 128)},
                "a DX adapter"),

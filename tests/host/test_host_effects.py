@@ -21,7 +21,8 @@ SKIPPED = "a patch that skips"
 
 @dataclass(frozen=True)
 class Row:
-    """One patch: its node, its inputs, on which side of the sampler it is; ``refused`` maps a cell (or its part) to its words."""
+    """One patch: its node, its inputs, on which side of the sampler it is;
+    ``refused`` maps a cell (or its part) to its words."""
 
     node: str
     inputs: dict = field(default_factory=dict)
@@ -36,12 +37,16 @@ MIXED = GM | {("euler", "probabilistic")}  # the cells that read mixtures
 
 ROWS = [
     # ---- the core's ----
-    Row("RescaleCFG", warned=True), Row("RenormCFG", {"cfg_trunc": 100.0}, warned=True, batch=1), Row("CFGZeroStar", warned=True),
-    Row("APG", warned=True), Row("TCFG", warned=True), Row("Mahiro"), Row("CFGNorm", {"strength": 0.5}),
-    Row("CFGOverride", {"cfg": 5.0, "start_percent": 0.0, "end_percent": 1.0}, warned=True), Row("Epsilon Scaling", {"scaling_factor": 1.05}),
-    Row("EasyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0}, batch=1, refused=dict.fromkeys(MIXED, "EasyCache")),
-    Row("LazyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0}, refused=dict.fromkeys(GM, "LazyCache")),
-    Row("ContextWindowsManual", {"context_length": 2, "context_overlap": 1, "dim": 0}, batch=4, refused=dict.fromkeys(MIXED, MIXTURE)),
+    Row("RescaleCFG", warned=True), Row("RenormCFG", {"cfg_trunc": 100.0}, warned=True, batch=1),
+    Row("CFGZeroStar", warned=True), Row("APG", warned=True), Row("TCFG", warned=True), Row("Mahiro"),
+    Row("CFGNorm", {"strength": 0.5}), Row("CFGOverride", {"cfg": 5.0, "start_percent": 0.0, "end_percent": 1.0},
+                                           warned=True), Row("Epsilon Scaling", {"scaling_factor": 1.05}),
+    Row("EasyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0}, batch=1,
+        refused=dict.fromkeys(MIXED, "EasyCache")),
+    Row("LazyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0},
+        refused=dict.fromkeys(GM, "LazyCache")),
+    Row("ContextWindowsManual", {"context_length": 2, "context_overlap": 1, "dim": 0}, batch=4,
+        refused=dict.fromkeys(MIXED, MIXTURE)),
     # ---- other people's ----
     Row("TestOtherSigma", side="sampler"), Row("TestOtherAnswer", side="sampler"), Row("TestWritesToX", side="sampler"),
     Row("TestAsksAgain"), Row("TestMomentum"), Row("TestScale"), Row("TestReplacesCFG", {"strength": 1.5}, warned=True),
@@ -52,7 +57,8 @@ ROWS = [
 def sampling(g, sampler: str, guider: str, row: Row | None, seed: int = 3):
     """One cell's sampling; without a row the plain one."""
     model = g.add(row.node, model=g.model, **row.inputs) if row and row.side == "model" else g.model
-    made = {"euler": ("KSamplerSelect", {"sampler_name": "euler"}), "GM-ODE": ("SamplerGMFlowODE", {}), "GM-SDE": ("SamplerGMFlowSDE", {})}
+    made = {"euler": ("KSamplerSelect", {"sampler_name": "euler"}), "GM-ODE": ("SamplerGMFlowODE", {}),
+            "GM-SDE": ("SamplerGMFlowSDE", {})}
     node, inputs = made[sampler]
     made_sampler = g.add(node, **inputs)
     if row and row.side == "sampler":
@@ -76,7 +82,7 @@ def plain(host):
         if batch not in found:
             g = Digits(host, batch=batch, labels="6")
             cells = [(sampler, guider) for sampler in SAMPLERS for guider in GUIDERS]
-            found[batch] = dict(zip(cells, g.latents(*(sampling(g, *cell, None) for cell in cells))))
+            found[batch] = dict(zip(cells, g.latents(*(sampling(g, *cell, None) for cell in cells)), strict=True))
         return found[batch]
 
     return images
@@ -89,7 +95,7 @@ def effects(host, digits, plain, row: Row) -> dict:
     taken = [cell for cell in cells if cell not in row.refused]
     latents = g.latents(*(sampling(g, *cell, row) for cell in taken), g.empty)[:-1]
     found = {}
-    for cell, latent in zip(taken, latents):
+    for cell, latent in zip(taken, latents, strict=True):
         assert latent.isfinite().all() and latent.abs().max() < 8, (row.node, cell)
         found[cell] = 127.5 * (latent - plain(row.batch)[cell]).abs().mean().item()
     for cell in row.refused:
@@ -105,7 +111,8 @@ def test_effects(host, digits, plain, row):
         pytest.skip(f"{row.node} is not in ComfyUI {host.version}")
     before = len(host.log())
     found = effects(host, digits, plain, row)
-    shown = {f"{sampler}, {guider}": value if isinstance(value, str) else round(value, 2) for (sampler, guider), value in found.items()}
+    shown = {f"{sampler}, {guider}": value if isinstance(value, str) else round(value, 2)
+             for (sampler, guider), value in found.items()}
     print(f"EFFECT {host.version} {row.node}: {shown}")
     euler = found["euler", "core"]
     for cell, value in found.items():

@@ -26,10 +26,11 @@ def test_a_soft_mask_does_not_harden(host, digits):
         latent = g.add("SetLatentNoiseMask", samples=source, mask=mask)
         return g.custom(g.add(sampler, **inputs), guider, latent_image=latent, seed=7, node="SamplerCustomAdvanced")
 
-    values, kinds = (0.0, 0.9), [("KSamplerSelect", {"sampler_name": "euler"})] + [("SamplerGMFlowODE", {"substeps": n}) for n in (1, 64)]
+    values, kinds = (0.0, 0.9), [("KSamplerSelect", {"sampler_name": "euler"})] + [("SamplerGMFlowODE", {"substeps": n})
+                                                                                   for n in (1, 64)]
     before, *after = g.latents(source, *(painted(value, name, **inputs) for value in values for name, inputs in kinds))
     distances = torch.tensor([127.5 * (image - before).abs().mean() for image in after]).reshape(len(values), -1)
-    print(f"MASKS {host.version}: {dict(zip(values, distances.tolist()))}")
+    print(f"MASKS {host.version}: {dict(zip(values, distances.tolist(), strict=True))}")
     assert distances[0].max() < 1e-3
     for euler, one, *more in distances[1:].tolist():
         assert one == pytest.approx(euler, rel=0.2) and more == pytest.approx([one] * len(more), rel=0.1)
@@ -44,7 +45,8 @@ def test_a_stochastic_run_in_parts_is_the_whole(digits):
     quiet, rest, link = g.add("DisableNoise"), sigmas, None  # its seed is 0
     for _ in range(2):
         parts = g.add("SplitSigmas", sigmas=rest, step=1)
-        link = g.custom(sampler, sigmas=parts.out(0), **({} if link is None else {"latent_image": link, "noise": quiet}))
+        link = g.custom(sampler, sigmas=parts.out(0),
+                        **({} if link is None else {"latent_image": link, "noise": quiet}))
         rest = parts.out(1)
     split = g.custom(sampler, sigmas=rest, latent_image=link, noise=quiet)
     whole, stepped = g.custom(sampler, sigmas=sigmas), g.custom(g.add("TestSplit", sampler=sampler), sigmas=sigmas)
@@ -65,7 +67,8 @@ def saved(host, g, model, name):
 
 
 def test_a_saved_model_is_the_same(host, digits):
-    """ModelSave, and a merge: the image of the file is that of the model, bit for bit; the spectrum and the names too."""
+    """ModelSave, and a merge: the image of the file is that of the model, bit for bit;
+    the spectrum and the names too."""
     g = digits(batch=2, labels="6", weight_dtype="float32")
     merged = g.add("ModelMergeSimple", model1=g.model, model2=g.model, ratio=0.5)
     plain, stochastic = g.latents(g.gm(steps=3), g.gm(steps=3, solver="GM-SDE"))
@@ -93,7 +96,8 @@ def test_older_saves_say_what_is_missing(host, digits):
 
 def test_cancelling_does_not_wait_for_the_substeps(host, digits):
     """1,024 substeps on a large latent: the run ends within a network call."""
-    config = GMDiTConfig(num_classes=2, num_gaussians=8, in_channels=3, sample_size=128, patch_size=16, num_layers=1, num_heads=1, head_dim=8, logstd_width=8)
+    config = GMDiTConfig(num_classes=2, num_gaussians=8, in_channels=3, sample_size=128, patch_size=16, num_layers=1,
+                         num_heads=1, head_dim=8, logstd_width=8)
     network = GMDiT(config)
     network.init_weights()
     save_checkpoint(host.models / "large.safetensors", network)
@@ -114,18 +118,23 @@ def test_cancelling_does_not_wait_for_the_substeps(host, digits):
 # ---- numbers that are none ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("node, inputs, name", [
-    ("SamplerGMFlowODE", {"c_a": NAN}, "c_a"), ("SamplerGMFlowSDE", {"c_b": NAN}, "c_b"), ("SamplerGMFlowODE", {"temperature": NAN}, "temperature"),
-    ("SamplerGMFlowODE", {"shift": NAN}, "shift"), ("GMFlowScheduler", {"shift": NAN}, "shift"), ("GMFlowScheduler", {"denoise": NAN}, "denoise"),
-    ("GMFlowGuider", {"guidance": NAN}, "guidance"), ("GMFlowGuider", {"orthogonal": NAN}, "orthogonal"), ("GMFlowGuider", {"cfg_scale": NAN}, "cfg_scale"),
+    ("SamplerGMFlowODE", {"c_a": NAN}, "c_a"), ("SamplerGMFlowSDE", {"c_b": NAN}, "c_b"),
+    ("SamplerGMFlowODE", {"temperature": NAN}, "temperature"),
+    ("SamplerGMFlowODE", {"shift": NAN}, "shift"), ("GMFlowScheduler", {"shift": NAN}, "shift"),
+    ("GMFlowScheduler", {"denoise": NAN}, "denoise"),
+    ("GMFlowGuider", {"guidance": NAN}, "guidance"), ("GMFlowGuider", {"orthogonal": NAN}, "orthogonal"),
+    ("GMFlowGuider", {"cfg_scale": NAN}, "cfg_scale"),
     ("GMFlowGuider", {"start_percent": NAN}, "start_percent"), ("GMFlowGuider", {"end_percent": NAN}, "end_percent"),
 ])
 def test_nan_is_refused_by_name(host, digits, node, inputs, name):
     g = digits(batch=1, labels="1")
     links = {
-        "sampler": lambda: g.add("SamplerGMFlowODE"), "guider": lambda: g.add("GMFlowGuider", model=g.model, positive=g.positive),
+        "sampler": lambda: g.add("SamplerGMFlowODE"),
+        "guider": lambda: g.add("GMFlowGuider", model=g.model, positive=g.positive),
         "sigmas": lambda: g.add("GMFlowScheduler", model=g.model, steps=2),
     }
-    extra = {"GMFlowScheduler": {"model": g.model, "steps": 2}, "GMFlowGuider": {"model": g.model, "positive": g.positive}}.get(node, {})
+    extra = {"GMFlowScheduler": {"model": g.model, "steps": 2},
+             "GMFlowGuider": {"model": g.model, "positive": g.positive}}.get(node, {})
     slot = {"GMFlowScheduler": "sigmas", "GMFlowGuider": "guider"}.get(node, "sampler")
     made = {key: make() if key != slot else g.add(node, **extra, **inputs) for key, make in links.items()}
     host.save(g.graph, g.custom(**made))
@@ -157,7 +166,8 @@ def test_a_huge_latent_is_refused_before_any_noise(host, digits):
     for custom in (False, True):
         g = digits(batch=1, labels="1")
         empty = g.add("EmptyLatentImage", width=16384, height=16384, batch_size=1)
-        host.save(g.graph, g.custom(g.add("SamplerGMFlowODE"), latent_image=empty) if custom else g.gm(latent_image=empty))
+        host.save(g.graph, g.custom(g.add("SamplerGMFlowODE"), latent_image=empty) if custom
+                  else g.gm(latent_image=empty))
         assert "times the 16 x 16" in host.refused(g.graph)
     grown = (host.memory() - before) / 2**20
     print(f"HUGE {host.version}: {grown:+.0f} MiB")
@@ -167,7 +177,8 @@ def test_a_huge_latent_is_refused_before_any_noise(host, digits):
 def test_a_spectrum_survives_saving(host, digits):
     """A file of another size than the bundled one's, with names of its classes."""
     torch.manual_seed(0)
-    config = GMDiTConfig(num_classes=2, num_gaussians=2, in_channels=3, sample_size=8, patch_size=2, num_layers=1, num_heads=2, head_dim=8, logstd_width=8)
+    config = GMDiTConfig(num_classes=2, num_gaussians=2, in_channels=3, sample_size=8, patch_size=2, num_layers=1,
+                         num_heads=2, head_dim=8, logstd_width=8)
     network, spectrum = GMDiT(config), SpectrumMLP(SpectrumConfig(base_size=(3, 8, 8), layers=(8,)))
     network.init_weights()
     save_checkpoint(host.models / "small.safetensors", network, spectrum, class_names=["tabby cat", "owl"])

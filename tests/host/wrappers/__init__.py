@@ -3,6 +3,8 @@
 Each node does one thing that a well-known pack does, as plainly as possible.
 """
 
+from itertools import pairwise
+
 import comfy.samplers
 import torch
 
@@ -135,7 +137,9 @@ class TestTiles(Wrapper):
         def call(apply_model, args):
             rows = []
             for row in args["input"].chunk(2, dim=2):
-                rows.append(torch.cat([apply_model(part, args["timestep"], **args["c"]) for part in row.chunk(2, dim=3)], dim=3))
+                rows.append(
+                    torch.cat([apply_model(part, args["timestep"], **args["c"]) for part in row.chunk(2, dim=3)], dim=3)
+                )
             return torch.cat(rows, dim=2)
 
         model = model.clone()
@@ -163,7 +167,7 @@ class TestSplit(Wrapper):
 
     def wrap(self, sampler, strength):
         def sample(model, x, sigmas, **kwargs):
-            for pair in zip(sigmas, sigmas[1:]):
+            for pair in pairwise(sigmas):
                 x = sampler.sampler_function(model, x, torch.stack(pair), **kwargs, **sampler.extra_options)
             return x
 
