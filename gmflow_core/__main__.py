@@ -31,16 +31,21 @@ def build_parser() -> Parser:
     draw.add_argument("--images", action="store_true", help="also every image as its own PNG, in label order")
     draw.add_argument("--latents", action="store_true", help="also the raw samples as safetensors")
 
-    look = commands.add_parser("inspect", help="what the mixture believes at a step: a picture, an animation or numbers")
+    look = commands.add_parser("inspect",
+                               help="what the mixture believes at a step: a picture, an animation or numbers")
     add_sampling(look)
-    look.add_argument("--view", default="sheet", help="components, weights, entropy, spread, winners, guidance, timeline, pixel or sheet (default)")
-    look.add_argument("--step", type=number(int, -10_000, 10_000), default=0, help="network step from 0; -1 is the last (default 0)")
+    look.add_argument("--view", default="sheet", help="components, weights, entropy, spread, winners, guidance, "
+                                                      "timeline, pixel or sheet (default)")
+    look.add_argument("--step", type=number(int, -10_000, 10_000), default=0,
+                      help="network step from 0; -1 is the last (default 0)")
     look.add_argument("--image", type=number(int, 0), default=0, help="which of the labels, from 0 (default 0)")
     look.add_argument("--arrange", default="aligned", help="components aligned over the image (default), ranked or raw")
     look.add_argument("--max-components", type=number(int, 1), default=8)
-    look.add_argument("--pixel", type=number(int, 0), nargs=2, metavar=("X", "Y"), help="for --view pixel (default the middle); with a .json its mixture at every step")
+    look.add_argument("--pixel", type=number(int, 0), nargs=2, metavar=("X", "Y"),
+                      help="for --view pixel (default the middle); with a .json its mixture at every step")
     look.add_argument("--out", type=Path, default=Path("output/inspect.png"),
-                      help=".png or .jpg of one step, .gif or .webp over all steps, .json numbers, .safetensors mixtures (default output/inspect.png)")
+                      help=".png or .jpg of one step, .gif or .webp over all steps, .json numbers, "
+                           ".safetensors mixtures (default output/inspect.png)")
 
     info = commands.add_parser("info", help="what a checkpoint holds")
     info.add_argument("checkpoint", type=Path)
@@ -65,8 +70,10 @@ def add_sampling(parser) -> None:
     parser.add_argument("--tilt", choices=TILTS, default=SECOND_ORDER_TILT,
                         help=f"of order 2: limited moves no pixel further than asked (default {SECOND_ORDER_TILT})")
     parser.add_argument("--steps", type=number(int, 1, 10_000), default=8, help="network steps (default 8)")
-    parser.add_argument("--substeps", type=number(int, 1, 100_000), help="of GM-ODE, per step (default ceil(128 / steps))")
-    parser.add_argument("--shift", type=number(float, 1e-3, 1e3), default=1.0, help="time shift of the grid (default 1)")
+    parser.add_argument("--substeps", type=number(int, 1, 100_000),
+                        help="of GM-ODE, per step (default ceil(128 / steps))")
+    parser.add_argument("--shift", type=number(float, 1e-3, 1e3), default=1.0,
+                        help="time shift of the grid (default 1)")
     parser.add_argument("--guidance", type=number(float, 0, 1, high_open=True), default=0.3,
                         help="probabilistic guidance in [0, 1), not a CFG scale (default 0.3)")
     parser.add_argument("--guidance-tilt", choices=TILTS, default=GUIDANCE_TILT,
@@ -74,13 +81,17 @@ def add_sampling(parser) -> None:
     parser.add_argument("--orthogonal", type=number(float, 0, 1), default=1.0, help="orthogonal projection (default 1)")
     parser.add_argument("--temperature", type=number(float, 1e-3, 1e3), default=1.0)
     parser.add_argument("--no-spectrum", action="store_true", help="GM-SDE with white noise")
-    parser.add_argument("--hint", type=Path, metavar="PNG", help="a picture of the model's size whose colours are known where its alpha is not 0")
-    parser.add_argument("--hint-std", type=number(float, 1e-4, 100), default=0.05, help="how far they may be off, of [-1, 1] (default 0.05)")
+    parser.add_argument("--hint", type=Path, metavar="PNG",
+                        help="a picture of the model's size whose colours are known where its alpha is not 0")
+    parser.add_argument("--hint-std", type=number(float, 1e-4, 100), default=0.05,
+                        help="how far they may be off, of [-1, 1] (default 0.05)")
     parser.add_argument("--grey", type=Path, metavar="PNG", help="likewise, but only the mean of the channels is known")
     parser.add_argument("--grey-std", type=number(float, 1e-4, 100), default=0.05, help="likewise (default 0.05)")
-    parser.add_argument("--small", type=Path, metavar="PNG", help="a picture whose pixels are the means of the image's blocks")
+    parser.add_argument("--small", type=Path, metavar="PNG",
+                        help="a picture whose pixels are the means of the image's blocks")
     parser.add_argument("--small-std", type=number(float, 1e-4, 100), default=0.02, help="likewise (default 0.02)")
-    parser.add_argument("--no-propagate", action="store_true", help="leave out the echo that carries them to other pixels (half the calls)")
+    parser.add_argument("--no-propagate", action="store_true",
+                        help="leave out the echo that carries them to other pixels (half the calls)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ... (default cpu)")
 
@@ -168,14 +179,16 @@ def run_inspect(args) -> None:
     kind = args.out.suffix.lower()
     check_inspection(args, kind, len(labels), checkpoint.config.sample_size)
     recorder = Recorder(images=len(labels))
-    sample_as_asked(args, checkpoint, labels, batch_size=len(labels), evidence=read_evidence(args, checkpoint), callback=recorder)
+    sample_as_asked(args, checkpoint, labels, batch_size=len(labels), evidence=read_evidence(args, checkpoint),
+                    callback=recorder)
     trace = recorder.trace()
     pixel = args.pixel and tuple(args.pixel)
     moving = kind in (".gif", ".webp")
     panel = lambda step: draw(  # noqa: E731
         trace, args.view, step, args.image, args.arrange, args.max_components, lambda x: x, pixel, steady=moving
     )
-    pictures = [] if kind in (".json", ".safetensors") else [panel(step) for step in (range(args.steps) if moving else [args.step])]
+    shown = range(args.steps) if moving else [args.step]
+    pictures = [] if kind in (".json", ".safetensors") else [panel(step) for step in shown]
     numbers = statistics(trace, args.image, args.max_components, pixel) if kind == ".json" else None
     args.out.parent.mkdir(parents=True, exist_ok=True)
     remove_remains(args.out)
@@ -233,7 +246,8 @@ def run_demo(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    commands = {"demo": run_demo, "sample": run_sample, "inspect": run_inspect, "info": run_info, "convert": run_convert}
+    commands = {"demo": run_demo, "sample": run_sample, "inspect": run_inspect, "info": run_info,
+                "convert": run_convert}
 
     def action() -> None:
         args = build_parser().parse_args(argv)

@@ -87,7 +87,7 @@ def number(kind, low, high=None, *, high_open: bool = False):
 def sample_images(
     checkpoint: Checkpoint,
     labels: list[int] | None,
-    options: SamplerOptions = SamplerOptions(),
+    options: SamplerOptions = SamplerOptions(),  # noqa: B008  it is frozen
     *,
     count: int | None = None,
     steps: int = 8,
@@ -126,7 +126,8 @@ def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
 # ---- pictures as evidence ----------------------------------------------------------------------
 
 def read_evidence(args, checkpoint: Checkpoint) -> Conditioned | None:
-    """What --hint, --grey and --small say; None if nothing was given. UsageError for pictures that do not suit the model."""
+    """What --hint, --grey and --small say; None if nothing was given.
+    UsageError for pictures that do not suit the model."""
     files = {name: getattr(args, name) for name in ("hint", "grey", "small")}
     if not any(files.values()):
         return None

@@ -26,7 +26,8 @@ ZOOM = 4
 def demo(checkpoint_path: Path, out: Path, seed: int = 0) -> list[Path]:
     """Sample, draw, say where; returns the pictures' paths."""
     if not checkpoint_path.exists():
-        raise FileNotFoundError(f"the bundled checkpoint {checkpoint_path} is missing; train one: python -m train --preset digits")
+        raise FileNotFoundError(f"the bundled checkpoint {checkpoint_path} is missing; train one: "
+                                "python -m train --preset digits")
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint(checkpoint_path)
     pictures = {"solvers": draw_solvers, "guidance": draw_guidance, "beliefs": draw_beliefs}
@@ -52,7 +53,8 @@ def draw_solvers(checkpoint: Checkpoint, seed: int):
         ]
         cells.append([image_grid(images, 10, scale=3) for images in row])
     titles = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
-    return sheet(cells, titles, [SamplerOptions(solver).title for solver in SOLVERS], "Digits in a few network steps", "probabilistic guidance 0.3, same noise in every row")
+    return sheet(cells, titles, [SamplerOptions(solver).title for solver in SOLVERS], "Digits in a few network steps",
+                 "probabilistic guidance 0.3, same noise in every row")
 
 
 def draw_guidance(checkpoint: Checkpoint, seed: int):
@@ -61,7 +63,8 @@ def draw_guidance(checkpoint: Checkpoint, seed: int):
     rows = [sample_images(checkpoint, labels, steps=8, guidance=w, seed=seed) for w in GUIDANCE]
     cells = [[image_grid(_by_column(images, 3), 10, scale=3)] for images in rows]
     titles = [f"guidance {w:g}" for w in GUIDANCE]
-    return sheet(cells, titles, [], "Probabilistic guidance", "GM-ODE 2, 8 steps, three samples of each digit, same noise in every block")
+    return sheet(cells, titles, [], "Probabilistic guidance",
+                 "GM-ODE 2, 8 steps, three samples of each digit, same noise in every block")
 
 
 def _by_column(images: Tensor, rows: int) -> Tensor:

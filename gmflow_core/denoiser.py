@@ -30,8 +30,8 @@ class GMDenoiser:
     ``guidance``: probabilistic scale in [0, 1), or with ``method="cfg"`` a CFG scale >= 1 (1 is none).
     ``orthogonal``: strength in [0, 1] of the orthogonal projection. ``interval``: (start, end)
     sigmas, 1 >= start >= end >= 0; guidance acts at end <= sigma <= start. ``tilt``: that of
-    probabilistic guidance, of :data:`~gmflow_core.guidance.TILTS`. ``evidence``: what is known of the images; it reaches
-    the conditional and the unconditional posterior, each with its own echo, and guidance comes after.
+    probabilistic guidance, of :data:`~gmflow_core.guidance.TILTS`. ``evidence``: what is known of the images; it
+    reaches the conditional and the unconditional posterior, each with its own echo, and guidance comes after.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class GMDenoiser:
         bad = [int(v) for v in self.labels.flatten() if not 0 <= int(v) <= self.num_classes]
         if bad or self.labels.ndim != 1:
             raise ValueError(
-                f"labels must be (B,) class indices 0 to {self.num_classes - 1} ({self.num_classes} is the null label), "
-                f"got {bad or tuple(self.labels.shape)}"
+                f"labels must be (B,) class indices 0 to {self.num_classes - 1} ({self.num_classes} is the null "
+                f"label), got {bad or tuple(self.labels.shape)}"
             )
 
     def guides_at(self, sigma: float) -> bool:
@@ -113,7 +113,7 @@ class GMDenoiser:
         every = self.velocity(torch.cat(xs), sigmas, labels)
         size = xs[0].shape[0]
         parts = [every.map(lambda t, i=i: t[i * size : (i + 1) * size]) for i in range(n)]
-        return [velocity_to_posterior(velocity, x, sigma) for velocity, x in zip(parts, xs)]
+        return [velocity_to_posterior(velocity, x, sigma) for velocity, x in zip(parts, xs, strict=True)]
 
     def _null_like(self, x: Tensor) -> Tensor | None:
         """The null label of every image, (B,); None for a model without classes."""

@@ -84,7 +84,8 @@ class DirectionEvidence(Evidence):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (max(len(self.value), len(self.precision), len(self.direction)), self.direction.shape[1], *self.value.shape[2:])
+        return (max(len(self.value), len(self.precision), len(self.direction)), self.direction.shape[1],
+                *self.value.shape[2:])
 
     def factor(self, posterior: Mixture | None = None) -> GaussianFactor:
         ones = torch.ones_like(self.precision * self.value)                      # (B,1,*S)
@@ -96,7 +97,8 @@ class DirectionEvidence(Evidence):
 
 @dataclass(frozen=True, eq=False)
 class BlockEvidence(Evidence):
-    r"""y = the mean of x_0 over each block of ``block`` pixels along every axis of space, + N(0, std^2): a small picture.
+    r"""y = the mean of x_0 over each block of ``block`` pixels along every axis of space, + N(0, std^2):
+    a small picture.
 
     The sum of n independent mixtures has K^n components; expectation propagation fits one Gaussian site for each pixel
     and channel instead (Minka 2001). With one component it is exact.
@@ -187,7 +189,8 @@ def split_parts(evidence: Evidence) -> tuple[GaussianFactor | None, tuple[BlockE
 
 
 def with_blocks(plain: GaussianFactor | None, blocks: Sequence[BlockEvidence], posterior: Mixture) -> GaussianFactor:
-    """``plain`` times the factors of the blocks, one after another, each for the posterior that knows the ones before."""
+    """``plain`` times the factors of the blocks, one after another,
+    each for the posterior that knows the ones before."""
     total = plain
     for block in blocks:
         factor = block.factor(posterior if total is None else posterior.tilt(total))
@@ -202,7 +205,7 @@ def _check_part(name: str, value: Tensor, precision: Tensor) -> None:
     if value.ndim < 2 or not value.isfinite().all():
         raise ValueError(f"{name}: value must be finite and of shape (B,C,*S), got {tuple(value.shape)}")
     wanted = (1, *value.shape[2:])
-    fits = precision.ndim == value.ndim and all(n in (1, m) for n, m in zip(precision.shape[1:], wanted))
+    fits = precision.ndim == value.ndim and all(n in (1, m) for n, m in zip(precision.shape[1:], wanted, strict=True))
     if not fits or 1 not in (len(value), len(precision)) and len(value) != len(precision):
         raise ValueError(f"{name}: precision must be (B,1,*S) or (B,1,*1) beside a value {tuple(value.shape)}, "
                          f"got {tuple(precision.shape)}")

@@ -21,7 +21,8 @@ TILTS = ("published", "limited")
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """What stands between a solver and its network for one step: the network saw another x, and x_0 <- weight x_0 + offset.
+    """What stands between a solver and its network for one step: the network saw another x,
+    and x_0 <- weight x_0 + offset.
 
     A noise mask m, as hosts treat it: ``seen`` is m x + (1 - m) x_known, the weight m and the offset (1 - m) x_0 known.
     """
@@ -111,7 +112,8 @@ def tilt_toward(base: Mixture, anchor: Gaussian, target: Gaussian) -> Mixture:
 
 
 def guidance_bias(cond: Gaussian, uncond_mean: Tensor, scale: float, orthogonal: float = 1.0) -> Tensor:
-    r"""bias = w sqrt(v_c / mean(d^2)) d, with d = m_c - m_u - o (<d, m_c>/<m_c, m_c>) m_c (GMFlow, probabilistic guidance; projection as in APG).
+    r"""bias = w sqrt(v_c / mean(d^2)) d, with d = m_c - m_u - o (<d, m_c>/<m_c, m_c>) m_c (GMFlow, probabilistic
+    guidance; projection as in APG).
 
     Where the two means agree exactly there is no direction to go and the bias is zero. (B,C,*S)
     """
@@ -127,7 +129,8 @@ def guidance_bias(cond: Gaussian, uncond_mean: Tensor, scale: float, orthogonal:
 def guide_probabilistic(
     cond: Mixture, uncond: Mixture, scale: float, orthogonal: float = 1.0, tilt: str = "published"
 ) -> Guided:
-    """Probabilistic guidance with scale w in [0, 1) (not a CFG scale), projection strength in [0, 1] and a tilt of TILTS."""
+    """Probabilistic guidance with scale w in [0, 1) (not a CFG scale), a projection strength from 0 to 1
+    and a tilt of TILTS."""
     check_guidance(scale, orthogonal)
     check_tilt(tilt)
     if scale == 0:
@@ -140,7 +143,8 @@ def guide_probabilistic(
 
 
 def guide_cfg(cond: Mixture, uncond: Mixture, scale: float) -> Guided:
-    r"""Vanilla classifier-free guidance: mean_k <- mean_k + (scale - 1)(m_c - m_u); scale >= 1, 1 is none (Ho & Salimans)."""
+    r"""Vanilla classifier-free guidance: mean_k <- mean_k + (scale - 1)(m_c - m_u);
+    scale >= 1, 1 is none (Ho & Salimans)."""
     shift = (scale - 1) * (cond.mean() - uncond.mean())
     return unguided(cond.shifted(shift))
 

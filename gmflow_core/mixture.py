@@ -114,7 +114,8 @@ class Mixture:
     def moments(self) -> Gaussian:
         r"""The isotropic Gaussian of equal mean and total variance at each pixel:
         var = sum_k w_k |mean_k - m|^2 / C + v (over channels its mean), shape (B,1,*S)."""
-        offsets = (mean_c - m_c for mean_c, m_c in zip(self._by_channel, self.mean().unsqueeze(1).unbind(2)))
+        centre = self.mean().unsqueeze(1).unbind(2)
+        offsets = (mean_c - m_c for mean_c, m_c in zip(self._by_channel, centre, strict=True))
         distances = _sum_of_squares(offsets)                                    # (B,K,*S)
         between = (self.weights.squeeze(2) * distances).sum(1, keepdim=True) / self.channels
         return Gaussian(self.mean(), between + _over_channels(self.var))
@@ -161,7 +162,7 @@ class Mixture:
         per_std = (-self.log_std).exp()                                         # (B,1,1|C,*1|*S)
         per_std = per_std.expand(-1, -1, self.channels, *per_std.shape[3:]).unbind(2)
         x_cs = x.unsqueeze(1).unbind(2)
-        offsets = ((x_c - mean_c) * std_c for mean_c, x_c, std_c in zip(self._by_channel, x_cs, per_std))
+        offsets = ((x_c - mean_c) * std_c for mean_c, x_c, std_c in zip(self._by_channel, x_cs, per_std, strict=True))
         distances = _sum_of_squares(offsets).unsqueeze(2)                       # (B,K,1,*S), in stds
         return -0.5 * (distances + self.channels * (LOG_2PI + 2 * self.log_std.mean(2, keepdim=True)))
 
@@ -210,7 +211,7 @@ class Mixture:
         if precision.shape[1] > 1:
             return self._tilted_logits_by_channel(precision, shift)
         logits = torch.addcmul(self.log_weights.squeeze(2), precision, self._half_norms)
-        for mean_c, shift_c in zip(self._by_channel, shift.unsqueeze(1).unbind(2)):
+        for mean_c, shift_c in zip(self._by_channel, shift.unsqueeze(1).unbind(2), strict=True):
             logits.addcmul_(mean_c, shift_c)
         return logits
 
@@ -218,7 +219,7 @@ class Mixture:
         """log w_k + sum_c (h_c - lambda_c mean_kc / 2) mean_kc, (B,K,*S)."""
         logits = self.log_weights.squeeze(2).clone()
         factors = precision.unsqueeze(1).unbind(2), shift.unsqueeze(1).unbind(2)
-        for mean_c, precision_c, shift_c in zip(self._by_channel, *factors):
+        for mean_c, precision_c, shift_c in zip(self._by_channel, *factors, strict=True):
             logits.addcmul_(mean_c, torch.addcmul(shift_c, precision_c, mean_c, value=-0.5))
         return logits
 
@@ -228,7 +229,7 @@ class Mixture:
             return (weights * self.means).sum(1)
         (w_0, *w_rest), (mean_0, *mean_rest) = weights.unbind(1), self._by_component
         total = w_0 * mean_0
-        for w_k, mean_k in zip(w_rest, mean_rest):
+        for w_k, mean_k in zip(w_rest, mean_rest, strict=True):
             total.addcmul_(w_k, mean_k)
         return total
 
@@ -250,7 +251,8 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture(Mixture):
-    """A mixture of given tensors. ``log_weights`` must be normalised over K; build from raw logits with :meth:`from_logits`."""
+    """A mixture of given tensors. ``log_weights`` must be normalised over K;
+    build from raw logits with :meth:`from_logits`."""
 
     means: Tensor        # (B,K,C,*S)
     log_weights: Tensor  # (B,K,1,*S)
@@ -287,8 +289,9 @@ class TiltedMixture(Mixture):
         v      <- v / (1 + lambda v)
         log w_k <- log w_k + (h.mean_k - lambda |mean_k|^2 / 2) / (1 + lambda v), renormalised,
 
-    channel by channel where lambda or v has a number for each. What is read needs 1 + lambda v > 0. Tilts add, so ``base`` is never tilted itself; the mean
-    takes one inner product and one weighted sum of the base's means, not the tilted ones.
+    channel by channel where lambda or v has a number for each. What is read needs 1 + lambda v > 0. Tilts add, so
+    ``base`` is never tilted itself; the mean takes one inner product and one weighted sum of the base's means, not the
+    tilted ones.
     """
 
     base: Mixture
@@ -421,7 +424,8 @@ class TurnedMixture(Mixture):
 
     def shifted(self, by: Tensor) -> Mixture:
         base, factor, along = self.inner.base, self.inner.factor, turn(by, self.axes)
-        return self._turned(base.shifted(along), GaussianFactor(factor.precision, factor.shift + factor.precision * along))
+        return self._turned(base.shifted(along),
+                            GaussianFactor(factor.precision, factor.shift + factor.precision * along))
 
     def temperature(self, t: float) -> Mixture:
         base, factor = self.inner.base, self.inner.factor

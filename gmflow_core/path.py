@@ -76,7 +76,8 @@ def likelihood_factor(x_t: Tensor, sigma: float | Tensor) -> GaussianFactor:
     return GaussianFactor(precision, weight * x_t)
 
 
-def reanchor_factor(x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor, sigma_tgt: float | Tensor) -> GaussianFactor:
+def reanchor_factor(x_src: Tensor, sigma_src: float | Tensor, x_tgt: Tensor,
+                    sigma_tgt: float | Tensor) -> GaussianFactor:
     r"""What turns q(x_0 | x_src) into q(x_0 | x_tgt): the new likelihood over the old one (GMFlow, GM-ODE):
     lambda = a_t^2/s_t^2 - a_s^2/s_s^2, h = a_t x_tgt/s_t^2 - a_s x_src/s_s^2."""
     return likelihood_factor(x_tgt, sigma_tgt) - likelihood_factor(x_src, sigma_src)
@@ -103,7 +104,7 @@ class Reanchoring:
         assert isinstance(prior, TiltedMixture)
         self._base, self._shift = prior.base, prior.factor.shift
         self._weights = [(1 - s) / s**2 for s in sigmas]
-        precision = x_src.new_tensor([(1 - s) * w for s, w in zip(sigmas, self._weights)])
+        precision = x_src.new_tensor([(1 - s) * w for s, w in zip(sigmas, self._weights, strict=True)])
         precision = prior.factor.precision + precision.reshape((-1,) + (1,) * x_src.ndim)          # (n,B,1,*1)
         shrink = (1 + precision * prior.base.var).reciprocal()
         self._shrinks, self._precisions = shrink.unbind(0), (precision * shrink).unbind(0)

@@ -15,7 +15,8 @@ from .schedule import default_substeps, substeps_by_length
 from .solver import Inpaint, NoiseSampler, SecondOrder, Spectrum, StepInfo, sample_gm_ode, sample_gm_sde
 
 SOLVERS = {"gm-ode": "GM-ODE", "gm-sde": "GM-SDE"}  # name -> title
-# What command line and nodes choose, by the measurements in docs/overshoot.md; the functions' own default is "published".
+# What command line and nodes choose, by the measurements in docs/overshoot.md;
+# the functions' own default is "published".
 SECOND_ORDER_TILT, GUIDANCE_TILT = "limited", "published"
 RECIPES = ("gmflow", "piflow")                      # what a substeps or temperature of 0 stands for
 
@@ -50,7 +51,8 @@ class SamplerOptions:
 
 
 def temperatures(sigmas: Sequence[float], temperature: float = 0.0) -> list[float]:
-    r"""pi-Flow's temperature of each of N steps: ``temperature``, or min(1, 0.1 (N - 1)) where that is 0; 1 in the step to sigma 0.
+    r"""pi-Flow's temperature of each of N steps: ``temperature``, or min(1, 0.1 (N - 1)) where that is 0;
+    1 in the step to sigma 0.
 
     With one step alone it is 1.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def substeps_by_length(sigmas: Sequence[float], shift: float = 1.0, total: int =
     Sigmas in single precision leave d uncertain by about 1e-7, and no such error may add a substep.
     """
     raw = [unshift_time(float(sigma), shift) for sigma in sigmas]
-    return [max(1, math.ceil(total * (t - t_next) - 1e-3)) for t, t_next in zip(raw, raw[1:])]
+    return [max(1, math.ceil(total * (t - t_next) - 1e-3)) for t, t_next in pairwise(raw)]
 
 
 def substep_sigmas(sigma: float, sigma_next: float, substeps: int, shift: float = 1.0) -> list[float]:
@@ -70,7 +71,8 @@ def substep_sigmas(sigma: float, sigma_next: float, substeps: int, shift: float 
     return [sigma, *inner, sigma_next]
 
 
-def training_sigmas(draws: Tensor, distribution: str, shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def training_sigmas(draws: Tensor, distribution: str, shift: float = 1.0, mean: float = 0.0,
+                    std: float = 1.0) -> Tensor:
     r"""Map injected draws (B,) to training sigmas (B,) in [1e-7, 1].
 
     ``logit-normal``: sigma = shift(sigmoid(mean + std z)), z ~ N(0, 1) (images);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -178,7 +179,7 @@ def sample_gm_ode(
                 sigma_next: float) -> Tensor:
         grid, x = substep_sigmas(sigma, sigma_next, counts[step], shift), seen(start, blend)
         later = Reanchoring(posterior, x, sigma, grid[1:-1]) if len(grid) > 2 else None
-        for i, (s, s_next) in enumerate(zip(grid, grid[1:])):
+        for i, (s, s_next) in enumerate(pairwise(grid)):
             if interrupt is not None:
                 interrupt()
             x_0 = later.mean(i - 1, x) if i and later else posterior.mean()
@@ -242,7 +243,7 @@ def _solve(denoiser, x, sigmas, order, second_order, temperature, inpaint, callb
     history = None
     if inpaint is not None:
         x = inpaint(x, grid[0])
-    for i, (sigma, sigma_next) in enumerate(zip(grid, grid[1:])):
+    for i, (sigma, sigma_next) in enumerate(pairwise(grid)):
         step = sigma - sigma_next
         guided = denoiser(x, sigma)
         at = seen(x, guided.blend)
@@ -271,7 +272,7 @@ def check_sigmas(sigmas: Tensor) -> list[float]:
     grid = [float(s) for s in sigmas]
     if len(grid) < 2:
         raise ValueError(f"sigmas must hold at least two values (one step), got {grid}")
-    if not all(a > b for a, b in zip(grid, grid[1:])) or grid[0] > 1 or grid[-1] < 0:
+    if not all(a > b for a, b in pairwise(grid)) or grid[0] > 1 or grid[-1] < 0:
         raise ValueError(f"sigmas must fall strictly within [0, 1], got {grid}")
     if any(0 < sigma < SMALLEST for sigma in grid):
         raise ValueError(f"sigmas must be 0 or at least {SMALLEST:g}, got {min(s for s in grid if s > 0):g}")

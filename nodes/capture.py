@@ -44,7 +44,7 @@ class Capture:
             if packed.shape[0] != len(ids) * len(self.x) or packed.shape[2:] != self.x.shape[2:]:
                 self.parts = (packed.shape[0] // len(ids), *packed.shape[2:])
                 return
-            for name, chunk in zip(ids, packed.chunk(len(ids))):
+            for name, chunk in zip(ids, packed.chunk(len(ids)), strict=True):
                 self.packed.setdefault(name, chunk)
 
 
@@ -118,8 +118,8 @@ def pool(mixtures: Sequence[Mixture], strengths: Sequence[float]) -> Mixture:
     if not (min(strengths) >= 0 and sum(strengths) > 0):
         raise ValueError(f"conditionings to combine need strengths >= 0 that are not all 0, got {list(strengths)}")
     shares = mixtures[0].means.new_tensor(strengths) / sum(strengths)
-    var = torch.stack([share * (2 * m.log_std).exp() for share, m in zip(shares, mixtures)]).sum(0)
-    logits = torch.cat([m.log_weights + share.log() for share, m in zip(shares, mixtures)], dim=1)
+    var = torch.stack([share * (2 * m.log_std).exp() for share, m in zip(shares, mixtures, strict=True)]).sum(0)
+    logits = torch.cat([m.log_weights + share.log() for share, m in zip(shares, mixtures, strict=True)], dim=1)
     return GaussianMixture(torch.cat([m.means for m in mixtures], dim=1), logits, 0.5 * var.log())
 
 

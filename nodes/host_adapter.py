@@ -114,7 +114,8 @@ def modulation_for(adapter: Adapter) -> Linear:
     """The adapter's modulation in the base's order: Qwen-Image's is that of the file, FLUX's the other way round."""
     if adapter.family.scale_first:
         return adapter.modulation
-    turned = [None if t is None else torch.cat(t.chunk(2)[::-1]) for t in (adapter.modulation.weight, adapter.modulation.bias)]
+    turned = [None if t is None else torch.cat(t.chunk(2)[::-1])
+              for t in (adapter.modulation.weight, adapter.modulation.bias)]
     return Linear(*turned)
 
 
@@ -143,7 +144,8 @@ class AdapterSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.mode
 def capture_mixture(info: AdapterInfo):
     """An APPLY_MODEL wrapper that hands the mixture over, packed, to the capture of the call's transformer_options."""
 
-    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006
+                **kwargs):
         if transformer_options.get(CAPTURE) is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         sink = Sink()
@@ -164,7 +166,8 @@ def capture_mixture(info: AdapterInfo):
 
 
 def supply_guidance(info: AdapterInfo):
-    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding for conditionings that name none, a warning for others."""
+    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding for conditionings that name none,
+    a warning for others."""
 
     def wrapper(executor, *args, **kwargs):
         conds = [cond for group in executor.class_obj.conds.values() for cond in group]
@@ -173,8 +176,9 @@ def supply_guidance(info: AdapterInfo):
         others = {cond["guidance"] for cond in conds} - {info.family.guidance}
         if others:
             log.warning(
-                f"GMFlow Apply Adapter: a conditioning asks for guidance {', '.join(map(str, others))}, and {info.family.name} adapters "
-                f"know only {info.family.guidance}: the picture will be noise; remove that FluxGuidance, or set it to {info.family.guidance}"
+                f"GMFlow Apply Adapter: a conditioning asks for guidance {', '.join(map(str, others))}, and "
+                f"{info.family.name} adapters know only {info.family.guidance}: the picture will be noise; remove that "
+                f"FluxGuidance, or set it to {info.family.guidance}"
             )
         return executor(*args, **kwargs)
 
@@ -188,11 +192,12 @@ def tell_changes(keys: tuple[str, ...]):
         hooked = [key for patches in patcher.hook_patches.values() for key in patches]
         ignored = [key for key in keys if key in patcher.patches or key in hooked]
         if ignored:
-            log.warning(f"GMFlow Apply Adapter: a LoRA's part for {', '.join(ignored)} is ignored: the adapter replaces these layers")
+            log.warning(f"GMFlow Apply Adapter: a LoRA's part for {', '.join(ignored)} is ignored: "
+                        "the adapter replaces these layers")
         sampling = patcher.get_model_object("model_sampling")
         if not isinstance(sampling, AdapterSampling):
-            log.warning(f"GMFlow Apply Adapter: a {type(sampling).__name__} node after it samples with shift {shift_of(sampling):.4g} "
-                        f"instead of the adapter's {SHIFT}")
+            log.warning(f"GMFlow Apply Adapter: a {type(sampling).__name__} node after it samples with shift "
+                        f"{shift_of(sampling):.4g} instead of the adapter's {SHIFT}")
 
     return callback
 
@@ -207,33 +212,37 @@ def adapter_path(name: str) -> str:
     """ValueError for a file that is not there (any more)."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise ValueError(f"adapter_name: there is no {name!r} in {folder_paths.get_folder_paths(FOLDER)[0]}; put an adapter there "
-                         "and refresh the page, or choose another one of the list")
+        raise ValueError(f"adapter_name: there is no {name!r} in {folder_paths.get_folder_paths(FOLDER)[0]}; put an "
+                         "adapter there and refresh the page, or choose another one of the list")
     return path
 
 
 def check_base(model, adapter: Adapter, weights: dict[str, Tensor]) -> Seam:
-    """Where the adapter sits in this model, whose tensors are ``weights``; ValueError if that is no base of its family."""
+    """Where the adapter sits in this model, whose tensors are ``weights``;
+    ValueError if that is no base of its family."""
     family, seam, kind = adapter.family, SEAMS[adapter.family.name], type(model.model).__name__
     head, modulation = (weights.get(f"{NETWORK}{name}.weight") for name in (seam.head, seam.modulation))
     if head is None or modulation is None:
         network = type(model.model.diffusion_model)
         name = f"{network.__module__}.{network.__name__}".lower()
         what = next((title for word, title in UNREACHABLE.items() if word in name), f"this {kind} model has")
-        raise ValueError(f"model: {what} no layers {seam.modulation} and {seam.head}, which a {family.name} adapter replaces; "
-                         f"load {family.name} with Load Diffusion Model, Load Checkpoint or a GGUF loader")
+        raise ValueError(f"model: {what} no layers {seam.modulation} and {seam.head}, which a {family.name} adapter "
+                         f"replaces; load {family.name} with Load Diffusion Model, Load Checkpoint or a GGUF loader")
     outputs, width = family.channels * PATCH**2, adapter.width
     if tuple(head.shape) != (outputs, width) or tuple(modulation.shape) != (2 * width, width):
-        raise ValueError(f"model: this {kind} model's last layers are {tuple(modulation.shape)} and {tuple(head.shape)}; the adapter is for "
-                         f"{family.name} of hidden size {width}, where they are {(2 * width, width)} and {(outputs, width)}")
+        raise ValueError(f"model: this {kind} model's last layers are {tuple(modulation.shape)} and "
+                         f"{tuple(head.shape)}; the adapter is for {family.name} of hidden size {width}, where they "
+                         f"are {(2 * width, width)} and {(outputs, width)}")
     axes = model.model.latent_format.latent_dimensions
     if axes != seam.axes:
-        raise ValueError(f"model: a {kind} model paints latents of {axes} axes, and the adapter is for {family.name}, of {seam.axes}")
+        raise ValueError(f"model: a {kind} model paints latents of {axes} axes, "
+                         f"and the adapter is for {family.name}, of {seam.axes}")
     return seam
 
 
 def lora_patches(adapter: Adapter, weights: dict[str, Tensor]) -> dict:
-    """The adapter's LoRA as ComfyUI's weight patches; ValueError if the base lacks a module or has it in another shape."""
+    """The adapter's LoRA as ComfyUI's weight patches; ValueError if the base lacks a module or has it in another
+    shape."""
     patches, lacking, misfits = {}, [], []
     for module, (a, b) in adapter.lora.items():
         name, part = host_module(adapter.family, module, adapter.width) or (module, None)
@@ -246,9 +255,11 @@ def lora_patches(adapter: Adapter, weights: dict[str, Tensor]) -> dict:
             misfits.append(f"{module} {(b.shape[0], a.shape[1])} in {name} {(rows, columns)}")
         patch = comfy.weight_adapter.LoRAAdapter(set(), (b, a, None, None, None, None))
         patches[(key, (0, *part)) if part else key] = patch
-    for what, names in (("lacks modules that the adapter's LoRA changes", lacking), ("has them in another shape", misfits)):
+    for what, names in (("lacks modules that the adapter's LoRA changes", lacking),
+                        ("has them in another shape", misfits)):
         if names:
-            raise ValueError(f"model: it {what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; "
+            raise ValueError(f"model: it {what}: "
+                             f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; "
                              f"the adapter is for the {adapter.family.name} that it was trained on")
     return patches
 
@@ -270,7 +281,8 @@ def apply_adapter(model, path: str, strength: float):
     info, patched = AdapterInfo.of(adapter), model.clone()
     missing = patches.keys() - set(patched.add_patches(patches, strength))
     if missing:
-        raise ValueError(f"model: {len(missing)} of the adapter's LoRA modules could not be patched, as {sorted(map(str, missing))[0]}")
+        raise ValueError(f"model: {len(missing)} of the adapter's LoRA modules could not be patched, "
+                         f"as {sorted(map(str, missing))[0]}")
     tensors = Tensors(adapter.heads, modulation_for(adapter))
     for name, kind in ((seam.modulation, AdapterModulation), (seam.head, AdapterHead)):
         patched.add_object_patch(NETWORK + name, kind(model.get_model_object(NETWORK + name), tensors))

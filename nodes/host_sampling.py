@@ -75,7 +75,7 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
         means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
         posteriors = [
             followed(gather(capture, cond, info, role, options, "the GMFlow Guider"), info.enter(mean))
-            for cond, role, mean in zip(conds, roles, means)
+            for cond, role, mean in zip(conds, roles, means, strict=True)
         ]
         cond = posteriors[0]
         guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(cond, cond.mean())
@@ -126,7 +126,8 @@ def watching(denoiser: HostDenoiser) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions):
-    """GM-ODE or GM-SDE as ComfyUI calls a sampler: its latent at sigmas[0] to that at the last; ``model`` wraps a guider."""
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler: its latent at sigmas[0] to that at the last;
+    ``model`` wraps a guider."""
     denoiser = HostDenoiser(model, extra_args or {}, model_info(model.inner_model), sigmas)
     interrupt = comfy.model_management.throw_exception_if_processing_interrupted
     with watching(denoiser):

@@ -200,7 +200,7 @@ def spectrum_for(options: SamplerOptions, info: ModelInfo | AdapterInfo, x) -> S
 def check_spectrum(spectrum: SpectrumMLP, x) -> None:
     """ValueError for a latent larger than the spectrum network knows."""
     known, size = spectrum.config.base_size[1:], x.shape[2:]
-    if any(n > limit for n, limit in zip(size, known)):
+    if any(n > limit for n, limit in zip(size, known, strict=True)):
         raise ValueError(
             f"latent: GM-SDE's spectral noise knows sizes up to {' x '.join(map(str, known))}, "
             f"got {' x '.join(map(str, size))}; turn spectral off (Sampler GM-SDE), or use GM-ODE"

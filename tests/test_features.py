@@ -98,7 +98,9 @@ def test_the_classifier_reads_pictures_it_never_saw(classifier):
     found = classifier.judge(shapes.images / 127.5 - 1, shapes.labels)
     assert found["accuracy"] >= 0.95
     wrong = classifier.judge(shapes.images / 127.5 - 1, (shapes.labels + 1) % 3)
-    assert wrong["accuracy"] == pytest.approx((classifier.read(shapes.images) == (shapes.labels + 1) % 3).double().mean())
+    assert wrong["accuracy"] == pytest.approx(
+        (classifier.read(shapes.images) == (shapes.labels + 1) % 3).double().mean()
+    )
     assert wrong["accuracy"] <= 0.05
 
 

@@ -234,7 +234,8 @@ def test_what_is_wrapped_around_a_guider_acts(pack, config, rng):
         assert (guided.blend is None) == (wrapper is not brighter)
         assert torch.equal(seen, 2 * x if wrapper is thinking else x)
         denoiser(seen, 0.25)
-        assert all(options is denoiser.model_options for *_, options in guider.calls)  # one dict: patches keep state
+        # One dict, in which patches keep state.
+        assert all(options is denoiser.model_options for *_, options in guider.calls)
         assert denoiser.model_options == {"transformer_options": {}}
 
 

@@ -27,8 +27,8 @@ FLAGGED = (
 )
 # What ComfyUI itself installs, and ComfyUI.
 BROUGHT = {
-    "torch", "safetensors", "numpy", "PIL", "tqdm", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "nodes",
-    "server",
+    "torch", "safetensors", "numpy", "PIL", "tqdm", "comfy", "comfy_api", "comfy_execution", "folder_paths",
+    "latent_preview", "nodes", "server",
 }
 
 LARGEST = 9e6  # bytes of the archive

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_a_soft_mask_does_not_harden_with_substeps(rng, value):
     x_0, noise = torch.randn(2, 40, 3, 4, 4, generator=rng)
     mask, sigmas = torch.full((1, 1, 4, 4), value), flow_sigmas(8)
     x, denoiser = noise, masked(mask, x_0, noise)
-    for s, s_next in zip(sigmas, sigmas[1:], strict=False):
+    for s, s_next in pairwise(sigmas):
         guided = denoiser(x, float(s))
         x = torch.lerp(guided.blend(guided.posterior.mean()), x, float(s_next / s))
     euler = (x - x_0).abs().mean()

@@ -307,7 +307,8 @@ def test_fingerprints_of_weights():
     state = {"b": torch.zeros(2, 3), "a": torch.ones(2, dtype=torch.bfloat16)}
     same = module.fingerprint_of(dict(reversed(state.items())))
     assert module.fingerprint_of(state) == same
-    for other in (state | {"b": torch.zeros(3, 2)}, state | {"a": state["a"].float()}, state | {"b": state["b"] + 1e-7}):
+    for other in (state | {"b": torch.zeros(3, 2)}, state | {"a": state["a"].float()},
+                  state | {"b": state["b"] + 1e-7}):
         assert module.fingerprint_of(other) != same
 
 

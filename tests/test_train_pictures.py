@@ -1,4 +1,5 @@
-"""Pictures as people have them: transparent, deep, turned, thin, in odd formats, behind links, in folders named train and val."""
+"""Pictures as people have them: transparent, deep, turned, thin, in odd formats, behind links,
+in folders named train and val."""
 
 import os
 
@@ -73,7 +74,8 @@ def test_twelve_bits_are_what_the_file_says():
     assert white_level(image) == 4095 and white_level(Image.new("RGB", (2, 2))) is None
 
 
-@pytest.mark.parametrize("value, dtype", [(-1, np.int32), (10**6, np.int32), (-0.5, np.float32), (1e6, np.float32), (np.nan, np.float32)])
+@pytest.mark.parametrize("value, dtype", [(-1, np.int32), (10**6, np.int32), (-0.5, np.float32), (1e6, np.float32),
+                                          (np.nan, np.float32)])
 def test_pixels_of_no_known_range_are_left_out_by_name(tmp_path, capsys, value, dtype):
     (tmp_path / "a").mkdir()
     Image.fromarray(full(value, dtype)).save(tmp_path / "a" / "odd.tif")
@@ -115,7 +117,8 @@ def test_every_format_that_pillow_reads(tmp_path, ending):
     (tmp_path / "a").mkdir()
     path, kind = tmp_path / "a" / f"a{ending}", {".jfif": "JPEG", ".apng": "PNG", ".pgm": "PPM"}.get(ending)
     try:
-        Image.new("L" if ending == ".pgm" else "RGB", (16, 16), 100 if ending == ".pgm" else (100, 100, 100)).save(path, kind)
+        Image.new("L" if ending == ".pgm" else "RGB", (16, 16),
+                  100 if ending == ".pgm" else (100, 100, 100)).save(path, kind)
     except (KeyError, ValueError, OSError):
         pytest.skip(f"this Pillow writes no {ending}")
     images = find_images(tmp_path)
@@ -136,7 +139,8 @@ def test_linked_folders_are_read_and_loops_are_left_out(tmp_path, capsys):
     os.symlink(tmp_path / "data" / "a", tmp_path / "data" / "a" / "loop")
     os.symlink(tmp_path / "store", tmp_path / "data" / "c")
     images = find_images(tmp_path / "data")
-    assert [p.relative_to(tmp_path / "data").as_posix() for p in images.paths] == ["a/2.png", "a/linked/1.png", "b/3.png", "c/x/1.png"]
+    assert ([p.relative_to(tmp_path / "data").as_posix() for p in images.paths]
+            == ["a/2.png", "a/linked/1.png", "b/3.png", "c/x/1.png"])
     assert capsys.readouterr().err.count("a link to a folder that is read already") == 1
 
 

@@ -1,4 +1,5 @@
-"""Runs that end or begin in odd ways, and what people expect of a trainer: settings, snapshots, averages, held-out data."""
+"""Runs that end or begin in odd ways, and what people expect of a trainer:
+settings, snapshots, averages, held-out data."""
 
 import json
 import os
@@ -51,7 +52,8 @@ def main(monkeypatch, *arguments) -> int:
     small = ["train", "--threads", "1", "--device", "cpu"]
     if "--preset" not in arguments:
         small += ["--preset", "digits"]
-    for setting in ("batch_size=2", "model.num_layers=1", "steps=2", "save_every=1", "warmup=0", "precision=float32", "tensorboard=false"):
+    for setting in ("batch_size=2", "model.num_layers=1", "steps=2", "save_every=1", "warmup=0", "precision=float32",
+                    "tensorboard=false"):
         small += ["--set", setting]
     monkeypatch.setattr(sys, "argv", small + [str(a) for a in arguments])
     return command.main()
@@ -63,9 +65,11 @@ def main(monkeypatch, *arguments) -> int:
     ("clip_norm=-1", "clip_norm must be >= 0"), ("transition_weight=-1", "transition_weight must be > 0"),
     ("transition_weight=0", "transition_weight must be > 0"), ("ema_decay=1", r"ema_decay must be in \[0, 1\), got 1"),
     ("betas=[0.9]", "betas must be two numbers"), ("betas=[0.9, 1.0]", r"betas must be in \[0, 1\), got 1"),
-    ("betas=[0.9, NaN]", "betas must be in"), ("lr=NaN", "lr must be > 0, got nan"), ("lr=Infinity", "lr must be > 0, got inf"),
-    ("weight_decay=NaN", "weight_decay"), ("time_std=0", "time_std must be > 0"), ("time_shift=-1", "time_shift"), ("seed=-1", "seed must be in"),
-    ("holdout=1", "holdout must be in"), ("keep=-1", "keep must be >= 0"), ("ema_decays=[1]", "ema_decays must be in"),
+    ("betas=[0.9, NaN]", "betas must be in"), ("lr=NaN", "lr must be > 0, got nan"),
+    ("lr=Infinity", "lr must be > 0, got inf"),
+    ("weight_decay=NaN", "weight_decay"), ("time_std=0", "time_std must be > 0"), ("time_shift=-1", "time_shift"),
+    ("seed=-1", "seed must be in"), ("holdout=1", "holdout must be in"), ("keep=-1", "keep must be >= 0"),
+    ("ema_decays=[1]", "ema_decays must be in"),
     ("ema_decays=[0.999]", "each once"), ("ema_decays=[0.9, 0.9]", "each once"),
     ("model.constant_logstd=NaN", "constant_logstd"), ("data_path=x", "data digits needs no folder and would ignore x"),
 ])
@@ -83,7 +87,8 @@ def test_every_number_has_bounds_and_nan_is_out_of_all():
 
 
 def test_a_clip_norm_of_zero_is_off():
-    free, huge = Trainer(replace(TINY, clip_norm=0.0, clip_from=0), None, CPU), Trainer(replace(TINY, clip_norm=1e30, clip_from=0), None, CPU)
+    free, huge = (Trainer(replace(TINY, clip_norm=0.0, clip_from=0), None, CPU),
+                  Trainer(replace(TINY, clip_norm=1e30, clip_from=0), None, CPU))
     before = {name: value.clone() for name, value in free.nets.state_dict().items()}
     free.train_step(), huge.train_step()
     assert equal_states(free, huge)
@@ -125,9 +130,11 @@ def test_what_a_file_lacks_counts_as_the_default():
 def test_lr_batch_size_and_warmup_may_change_and_it_is_said(old, capsys):
     trainer = Trainer(replace(OLD_CONFIG, lr=0.5, batch_size=6, warmup=0), old, CPU)
     said = capsys.readouterr().err
-    assert "lr: 0.001 there, 0.5 asked for" in said and "batch_size: 4 there, 6" in said and "warmup: 2 there, 0" in said
+    assert "lr: 0.001 there, 0.5 asked for" in said and "batch_size: 4 there, 6" in said
+    assert "warmup: 2 there, 0" in said
     numbers = trainer.train_step()
-    assert trainer.images == 8 + 6 and numbers["lr"] == pytest.approx(0.5 * 0.5 * (1 + torch.tensor(torch.pi / 2).cos().item()))
+    assert trainer.images == 8 + 6
+    assert numbers["lr"] == pytest.approx(0.5 * 0.5 * (1 + torch.tensor(torch.pi / 2).cos().item()))
     with pytest.raises(ValueError, match="another configuration .label_dropout"):
         Trainer(replace(OLD_CONFIG, label_dropout=0.5, lr=0.5), old, CPU)
 
@@ -144,7 +151,8 @@ def test_a_cut_line_of_the_log_does_not_end_the_run(old, capsys, monkeypatch):
 
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path):
-    code = ("import resource, sys; from pathlib import Path; from train.runlog import append_line; path = Path(sys.argv[1])\n"
+    code = ("import resource, sys; from pathlib import Path; from train.runlog import append_line; "
+            "path = Path(sys.argv[1])\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (30, -1))\n"
             "try: append_line(path, 'x' * 100)\n"
             "except OSError as error: print(error)")
@@ -213,7 +221,8 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path, monkeypatch, capfd):
     assert (folder / "report.html").exists() and load_checkpoint(folder).training["step"] == 2
 
 
-@pytest.mark.parametrize("name, words", [("a.pth", "ends in .safetensors"), ("file/a.safetensors", "cannot be written"), ("", "ends in .safetensors")])
+@pytest.mark.parametrize("name, words", [("a.pth", "ends in .safetensors"), ("file/a.safetensors", "cannot be written"),
+                                         ("", "ends in .safetensors")])
 def test_a_bad_export_is_found_before_training(tmp_path, monkeypatch, capsys, name, words):
     (tmp_path / "file").touch()
     assert main(monkeypatch, "--out", tmp_path / "run", "--export", tmp_path / name) == 2
@@ -253,8 +262,8 @@ def test_a_terminal_that_goes_away(tmp_path):
 
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "train", "--preset", "digits", "--out", str(tmp_path), "--threads", "1", "--set", "batch_size=2",
-         "--set", "model.num_layers=1", "--set", "log_every=1", "--set", "tensorboard=false"],
+        [sys.executable, "-m", "train", "--preset", "digits", "--out", str(tmp_path), "--threads", "1", "--set",
+         "batch_size=2", "--set", "model.num_layers=1", "--set", "log_every=1", "--set", "tensorboard=false"],
         cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
     )
     os.close(slave)
@@ -294,7 +303,8 @@ def test_twenty_kills(tmp_path):
     """A run that is killed twenty times goes on every time, and at the end nothing of the kills is left."""
     step = -1
     for i in range(20):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT,
+                                   stdout=subprocess.PIPE, text=True)
         now = int(process.stdout.readline())
         assert now >= step
         step = now
@@ -330,7 +340,8 @@ def test_numbered_snapshots(tmp_path):
         contents[step] = (tmp_path / CHECKPOINT).read_bytes()
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-0000003.safetensors", "checkpoint-0000004.safetensors"]
-    assert (tmp_path / kept[0]).read_bytes() == contents[3] and load_checkpoint(tmp_path / kept[0]).training["step"] == 3
+    assert (tmp_path / kept[0]).read_bytes() == contents[3]
+    assert load_checkpoint(tmp_path / kept[0]).training["step"] == 3
 
 
 def test_several_averages(tmp_path, capsys):
@@ -339,7 +350,8 @@ def test_several_averages(tmp_path, capsys):
     run(trainer, 3)
     trainer.save()
     last = load_checkpoint(tmp_path / "checkpoint-ema-0.safetensors").model.state_dict()
-    assert all(torch.equal(value, last[name]) for name, value in trainer.nets["model"].state_dict().items())  # no memory
+    # No memory.
+    assert all(torch.equal(value, last[name]) for name, value in trainer.nets["model"].state_dict().items())
     assert load_checkpoint(tmp_path / "checkpoint-ema-0.5.safetensors").training["ema_decay"] == 0.5
     again = Trainer(config, tmp_path, CPU)
     for decay, ema in trainer.averages.items():
@@ -389,14 +401,17 @@ def trainer_data():
 
 
 def test_settings_from_files(tmp_path):
-    text = {"steps": 7, "model": {"num_layers": 2}, "betas": [0.8, 0.9], "lr_decay": "constant", "spectrum": None, "data_path": None}
+    text = {"steps": 7, "model": {"num_layers": 2}, "betas": [0.8, 0.9], "lr_decay": "constant", "spectrum": None,
+            "data_path": None}
     (tmp_path / "a.json").write_text(json.dumps(text), encoding="utf-8-sig")
     config = override(PRESETS["digits"], read_settings(tmp_path / "a.json"))
-    assert (config.steps, config.model.num_layers, config.betas, config.lr_decay) == (7, 2, (0.8, 0.9), "constant") and config.spectrum is None
+    assert (config.steps, config.model.num_layers, config.betas, config.lr_decay) == (7, 2, (0.8, 0.9), "constant")
+    assert config.spectrum is None
     yaml = pytest.importorskip("yaml")
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(text))
     assert override(PRESETS["digits"], read_settings(tmp_path / "a.yaml")) == config
-    for name, content, words in (("b.json", "{", "not JSON"), ("b.json", "[1]", "holds a list"), ("b.yaml", "a: [", "while parsing|expected")):
+    for name, content, words in (("b.json", "{", "not JSON"), ("b.json", "[1]", "holds a list"),
+                                 ("b.yaml", "a: [", "while parsing|expected")):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=words):
             read_settings(tmp_path / name)
@@ -422,7 +437,8 @@ def test_every_setting_has_help(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("option, words", [
-    ("--version", gmflow_core.__version__), ("--list-presets", "digits-vanilla"), ("--help-settings", "spectral_weight = 1.0"),
+    ("--version", gmflow_core.__version__), ("--list-presets", "digits-vanilla"),
+    ("--help-settings", "spectral_weight = 1.0"),
 ])
 def test_what_the_command_tells(monkeypatch, capsys, option, words):
     monkeypatch.setattr(sys, "argv", ["train", option])

@@ -3,6 +3,8 @@
 Each node does one thing that a well-known pack does, as plainly as possible.
 """
 
+from itertools import pairwise
+
 import comfy.samplers
 import torch
 
@@ -165,7 +167,7 @@ class TestSplit(Wrapper):
 
     def wrap(self, sampler, strength):
         def sample(model, x, sigmas, **kwargs):
-            for pair in zip(sigmas, sigmas[1:], strict=False):
+            for pair in pairwise(sigmas):
                 x = sampler.sampler_function(model, x, torch.stack(pair), **kwargs, **sampler.extra_options)
             return x
 
