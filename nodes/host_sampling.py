@@ -163,7 +163,7 @@ def with_evidence(model, source: EvidenceSource, propagate: bool, end_percent: f
 def tilted_mean(executor, x, timestep, model_options=None, seed=None, **kwargs):
     """What a core sampler gets of a core guider on a MODEL with evidence: the tilted mixture's mean. Nothing propagates."""
     options, guider = {} if model_options is None else model_options, executor.class_obj
-    evidence, watchers = evidence_in(options), options.get("transformer_options", {}).get("wrappers", {})
+    evidence, watchers = evidence_in(options), guider.model_options.get("transformer_options", {}).get("wrappers", {})
     if evidence is None or getattr(guider, "uses_evidence", False) or CAPTURE in watchers.get(PREDICT_NOISE, {}):
         return executor(x, timestep, options, seed, **kwargs)
     info = model_info(guider)

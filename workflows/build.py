@@ -69,7 +69,7 @@ Press **Run**: ten digits, one for each class.
 """, size=(340, 400))
     group, model, positive, negative, latent = start(flow, "0-9", 10)
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampler = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+    sampler = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
                        latent_image=latent, seed=1, guidance=0.3)
     group = flow.group("To an image", right_of=group, color=PURPLE)
     images = enlarge(flow, sampler["latent"], pixels(flow))
@@ -112,7 +112,7 @@ Its **end_percent** 0.5 guides only the first half.
         title = f"Probabilistic guidance {scale or '0: none'}"
         row = flow.group(title, across=True,
                          **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
-        sampled = flow.add("GMFlowKSampler", size=(548, 350), model=model, positive=positive,
+        sampled = flow.add("GMFlowKSampler", size=(548, 400), model=model, positive=positive,
                            latent_image=latent, seed=7, steps=8, guidance=scale)
         look(title, f"probabilistic_{scale}", sampled["latent"])
 
@@ -200,7 +200,7 @@ and GM-ODE gives every pixel a pure ink of its own.
         row = flow.group("GMFlow KSampler" if ours else f"Core KSampler: {name}", across=True,
                          color=GREEN if ours else PURPLE, **beside)
         if ours:
-            sampled = flow.add("GMFlowKSampler", size=(300, 350), guidance=0.3, **column)
+            sampled = flow.add("GMFlowKSampler", size=(300, 400), guidance=0.3, **column)
         else:
             sampled = flow.add("KSampler", size=(300, 290), cfg=1.5, sampler_name=name, scheduler="simple",
                                denoise=1.0, **column)
@@ -236,7 +236,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
 
     source = flow.group("1  Paint threes", right_of=first, gap=80, color=GREEN)
     classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="3")
-    threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent,
+    threes = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"], latent_image=latent,
                       seed=5, guidance=0.3)["latent"]
     images = enlarge(flow, threes, pixels(flow))
     flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
@@ -245,7 +245,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
         row = flow.group(title, across=True, color=PURPLE, **group)
         classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
         start = threes if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=threes, mask=mask).out
-        latents = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+        latents = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
                            latent_image=start, seed=5, guidance=0.3, **settings)["latent"]
         images = enlarge(flow, latents, pixels(flow))
         flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
@@ -282,7 +282,7 @@ Changing only an inspector samples no new image.
 """, size=(340, 560))
     group, model, positive, negative, latent = start(flow, "3", 1)
     group = flow.group("Sample", right_of=group, color=BROWN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
                        latent_image=latent, seed=2, steps=8, guidance=0.3)
     images = enlarge(flow, sampled["latent"], pixels(flow))
     flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
@@ -330,7 +330,7 @@ paints the mask. Newer versions have a *Painter* node for both. Any size of the 
     for title, name, used in (("Without the hint", "without", model), ("With it", "with", hinted)):
         beside = dict(right_of=hint, pos=(None, 0), gap=80) if row is None else dict(below=row)
         row = flow.group(title, across=True, color=GREEN if row is None else PURPLE, **beside)
-        sampled = flow.add("GMFlowKSampler", size=(300, 350), model=used, positive=positive, negative=negative,
+        sampled = flow.add("GMFlowKSampler", size=(300, 400), model=used, positive=positive, negative=negative,
                            latent_image=latent, seed=1, guidance=0.3)
         images = enlarge(flow, sampled["latent"], vae)
         flow.add("SaveImage", title, size=(700, 370), images=images, filename_prefix=f"gmflow/hint/{name}")
@@ -354,7 +354,7 @@ that ink.
     vae = pixels(flow)
     column = dict(positive=positive, negative=negative, latent_image=latent, seed=2, steps=8, guidance=0.3)
     first = flow.group("As the model likes", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, **column)
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, **column)
     flow.add("SaveImage", "As the model likes", size=(300, 370), images=enlarge(flow, sampled["latent"], vae),
              filename_prefix="gmflow/choose/first")
     look = flow.group("The choices at step 0", right_of=first, color=PURPLE)
@@ -362,7 +362,7 @@ that ink.
     ask = flow.group("Take another one", right_of=look, color=BROWN)
     chosen = flow.add("GMFlowChoose", trace=sampled["trace"], step=0, hypothesis=CHOSEN).out
     other = flow.add("GMFlowApplyEvidence", model=model, evidence=chosen).out
-    again = flow.add("GMFlowKSampler", size=(300, 350), model=other, **column)
+    again = flow.add("GMFlowKSampler", size=(300, 400), model=other, **column)
     flow.group("The chosen one", right_of=ask, color=GREEN)
     flow.add("SaveImage", "The chosen one", size=(300, 370), images=enlarge(flow, again["latent"], vae),
              filename_prefix="gmflow/choose/chosen")
@@ -390,7 +390,7 @@ For both, **propagate** off is enough: every pixel has evidence of its own.
     vae = pixels(flow)
     common = dict(positive=positive, negative=negative, latent_image=latent, guidance=0.3)
     first = flow.group("1  Pictures", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, seed=3, **common)
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, seed=3, **common)
     truth = flow.add("VAEDecode", size=(240, 60), samples=sampled["latent"], vae=vae).out
     small = flow.add("ImageScale", "4 x 4 pixels", under=True, image=truth, upscale_method="area", width=4, height=4,
                      crop="disabled").out
@@ -404,7 +404,7 @@ For both, **propagate** off is enough: every pixel has evidence of its own.
         beside = dict(right_of=first, pos=(None, 0), gap=80) if row is None else dict(below=row)
         row = flow.group(title, across=True, color=PURPLE, **beside)
         used = flow.add("GMFlowApplyEvidence", model=model, evidence=evidence, propagate=False).out
-        found = flow.add("GMFlowKSampler", size=(300, 350), model=used, seed=8, **common)
+        found = flow.add("GMFlowKSampler", size=(300, 400), model=used, seed=8, **common)
         images = enlarge(flow, found["latent"], vae)
         flow.add("SaveImage", title[3:], size=(560, 330), images=images, filename_prefix=f"gmflow/colourise/{name}")
 
@@ -444,7 +444,7 @@ Download the [whole repository]({repo}) and make one file of it: *python -m gmfl
         {"name": vae_file, "url": f"{vae_repo}/resolve/main/{vae_file}", "directory": "vae"},
     ]).out
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
                        negative=classes["negative"], latent_image=latent, seed=42, steps=8, guidance=0.45)
     flow.group("Decode and save", right_of=group, across=True, color=PURPLE)
     images = flow.add("VAEDecode", samples=sampled["latent"], vae=vae, size=(220, 60)).out
