@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import host
 from .adapting import GMFlowApplyAdapter
 from .conditioning import GMFlowClassConditioning, GMFlowImageNetClass
+from .evidence import GMFlowApplyEvidence, GMFlowChoose, GMFlowHint, GMFlowSmallPicture
 from .inspecting import GMFlowInspector
 from .loading import GMFlowEmptyLatent, GMFlowLoader
 from .sampling import (
@@ -23,6 +24,7 @@ from .sampling import (
 NODES: list[type[io.ComfyNode]] = [
     GMFlowLoader, GMFlowEmptyLatent, GMFlowClassConditioning, GMFlowImageNetClass, GMFlowScheduler, GMFlowGuider,
     SamplerGMFlowODE, SamplerGMFlowSDE, GMFlowKSampler, GMFlowSamplerCustom, GMFlowInspector, GMFlowApplyAdapter,
+    GMFlowHint, GMFlowSmallPicture, GMFlowChoose, GMFlowApplyEvidence,
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gmflow_core import Gaussian, GaussianMixture, Guided, Mixture, unguided, velocity_to_posterior
+from ..gmflow_core.echo import Sigma
 from ..gmflow_core.model import unpack_mixture
 from .adapter_info import AdapterInfo
 from .model_info import ModelInfo
@@ -31,7 +32,7 @@ class Capture:
     """
 
     def __init__(self, x: Tensor, timestep: Tensor) -> None:
-        self.x, self.sigma = x.float().clone(), float(timestep.flatten()[0])  # a patch may write to x later
+        self.x, self.sigma = x.float().clone(), level(timestep)  # a patch may write to x later
         self.packed: dict[object, Tensor] = {}      # id -> means, logits and log_std in one tensor
         self.parts: tuple[int, ...] | None = None   # shape of an evaluation of another size
         self.guided: Guided | None = None           # if a guider made it
@@ -46,6 +47,12 @@ class Capture:
                 return
             for name, chunk in zip(ids, packed.chunk(len(ids)), strict=True):
                 self.packed.setdefault(name, chunk)
+
+
+def level(timestep: Tensor) -> Sigma:
+    """The sigma of all images, or (B,) where evidence made them differ."""
+    values = timestep.flatten()
+    return float(values[0]) if bool((values == values[0]).all()) else values
 
 
 @torch.compiler.disable  # a compiled network would expect the capture of its first call
@@ -123,10 +130,9 @@ def pool(mixtures: Sequence[Mixture], strengths: Sequence[float]) -> Mixture:
     return GaussianMixture(torch.cat([m.means for m in mixtures], dim=1), logits, 0.5 * var.log())
 
 
-def moved(posterior: Mixture, mean: Tensor) -> GaussianMixture:
+def moved(posterior: Mixture, mean: Tensor) -> Mixture:
     """The posterior shifted as a whole so that its mean is ``mean`` (B,C,*S): what vanilla CFG does to a mixture."""
-    shift = (mean - posterior.mean()).unsqueeze(1)
-    return GaussianMixture(posterior.means + shift, posterior.log_weights, posterior.log_std)
+    return posterior.shifted(mean - posterior.mean())
 
 
 def followed(posterior: Mixture, mean: Tensor) -> Mixture:

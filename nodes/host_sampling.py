@@ -21,14 +21,16 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..gmflow_core import Guided
+from ..gmflow_core import Conditioned, Guided
+from ..gmflow_core.echo import posteriors_given
 from ..gmflow_core.sampler import SamplerOptions
 from .capture import CAPTURE, Capture, capturing, followed, gather, guided_by_mean, placed, shifted
+from .evidence_source import EVIDENCE, EvidenceSource, Placed, evidence_in
 from .guidance import Guidance
 from .host import GMFlowModel, known, require_gmflow
 from .model_info import ModelInfo, check_size, null_conditioning
 from .patches import replacing_cfg
-from .solving import RUN, HostDenoiser, Run, check_finite, check_sigmas, model_info, solve
+from .solving import RUN, HostDenoiser, Run, check_finite, check_sigmas, conditioned, model_info, solve
 
 INSTEAD = 'use GMFlow Guider\'s method "vanilla CFG" or the core\'s CFGGuider with it'
 PREDICT_NOISE = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
@@ -48,6 +50,7 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
     """Probabilistic guidance: GM samplers get the guided mixture, others its mean. Vanilla CFG is the core's own."""
 
     guidance, told = Guidance(), False
+    uses_evidence = True  # itself, on each posterior before it guides
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         options, info = {} if model_options is None else model_options, model_info(self)
@@ -72,11 +75,11 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
     def guided(self, roles: list[str], x, timestep, options: dict, capture: Capture) -> Guided:
         """The mixtures of these roles, guided, and what other nodes' post-CFG functions (PAG, ...) make of the mean."""
         conds, info = [self.conds[role] for role in roles], model_info(self)
-        means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        posteriors = [
-            followed(gather(capture, cond, info, role, options, "the GMFlow Guider"), info.enter(mean))
-            for cond, role, mean in zip(conds, roles, means, strict=True)
-        ]
+        evidence = evidence_in(options)
+        if evidence is None:
+            posteriors, means = self.posteriors(roles, x, timestep, options, capture)
+        else:
+            posteriors, means = self.given(evidence.given(capture.x, self.inner_model, info), roles, timestep, options, capture)
         cond = posteriors[0]
         guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(cond, cond.mean())
         if not options.get("sampler_post_cfg_function"):
@@ -88,6 +91,33 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
                 uncond=conds[-1],
             )
         return shifted(guided, info.enter(patched))
+
+
+    def posteriors(self, roles: list[str], x, timestep, options: dict, capture: Capture) -> tuple[list, list]:
+        """The mixtures of these roles, and the host's means of them."""
+        conds, info = [self.conds[role] for role in roles], model_info(self)
+        means = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        return [
+            followed(gather(capture, cond, info, role, options, "the GMFlow Guider"), info.enter(mean))
+            for cond, role, mean in zip(conds, roles, means, strict=True)
+        ], list(means)
+
+    def given(self, given: Conditioned, roles: list[str], timestep, options: dict, capture: Capture) -> tuple[list, list]:
+        """Likewise, given evidence: asked at one x for all roles, and again at each its own."""
+        info, last = model_info(self), []
+
+        def ask(xs, sigma):
+            found, last[:] = [], []
+            for at, group in [(xs[0], roles)] if len(xs) == 1 else zip(xs, [[role] for role in roles], strict=True):
+                seen = torch.as_tensor(sigma, dtype=timestep.dtype, device=timestep.device).expand(len(at))
+                inner = Capture(at, seen)
+                with capturing(options, inner):
+                    posteriors, means = self.posteriors(group, info.leave(at), seen, options, inner)
+                found += posteriors
+                last.extend(means)
+            return found
+
+        return posteriors_given(given, ask, capture.x, capture.sigma), last
 
 
 def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
@@ -109,6 +139,37 @@ def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
         tell(f"{', '.join(replacing)} replaces classifier-free guidance and does nothing with probabilistic guidance; "
              f"{INSTEAD}")
     return guider
+
+
+# ---- evidence ----------------------------------------------------------------------------------
+
+def encode(vae, image):
+    """A picture (N,H,W,3) as the host's latents."""
+    return vae.encode(image[..., :3])
+
+
+def with_evidence(model, source: EvidenceSource, propagate: bool, end_percent: float, limit: float):
+    """A copy of a MODEL that samples given evidence, added to what it has. ValueError if it does not suit the model."""
+    source.check(require_gmflow(model))
+    copy, before = model.clone(), evidence_in(model.model_options)
+    if before is not None:
+        source = EvidenceSource(before.source.parts + source.parts)
+    else:
+        copy.add_wrapper_with_key(PREDICT_NOISE, EVIDENCE, tilted_mean)
+    copy.model_options[EVIDENCE] = Placed(source, propagate, end_percent, limit)
+    return copy
+
+
+def tilted_mean(executor, x, timestep, model_options=None, seed=None, **kwargs):
+    """What a core sampler gets of a core guider on a MODEL with evidence: the tilted mixture's mean. Nothing propagates."""
+    options, guider = {} if model_options is None else model_options, executor.class_obj
+    evidence, watchers = evidence_in(options), guider.model_options.get("transformer_options", {}).get("wrappers", {})
+    if evidence is None or getattr(guider, "uses_evidence", False) or CAPTURE in watchers.get(PREDICT_NOISE, {}):
+        return executor(x, timestep, options, seed, **kwargs)
+    info = model_info(guider)
+    at = info.enter(x)
+    given = replace(evidence.given(at, guider.inner_model, info), propagate=False)
+    return info.leave(conditioned(executor, at, timestep, options, seed, guider, info, given).mean())
 
 
 # ---- sampling ----------------------------------------------------------------------------------

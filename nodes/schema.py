@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .host import category, known
 
 GMTrace = io.Custom("GM_TRACE")
+GMEvidence = io.Custom("GM_EVIDENCE")
 
 
 def schema(node_id: str, display_name: str, description: str, inputs: list, outputs: list, **fields) -> io.Schema:

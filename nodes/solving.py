@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..gmflow_core import Guided, SpectrumMLP
+from ..gmflow_core import Conditioned, Guided, Mixture, SpectrumMLP, unguided
+from ..gmflow_core.echo import posteriors_given
 from ..gmflow_core.guidance import Blend
 from ..gmflow_core.noise import ImageNoise
 from ..gmflow_core.sampler import SamplerOptions, sample
 from .adapter_info import ATTACHMENT, AdapterInfo
 from .capture import Capture, capturing, gather, guided_by_mean
+from .evidence_source import evidence_in
 from .model_info import ModelInfo
 from .patches import evaluating
 
@@ -80,7 +82,12 @@ class HostDenoiser:
     def watch(self, executor, x, timestep, model_options=None, seed=None, **kwargs):
         """Around one call of the guider."""
         options = self.model_options if model_options is None else model_options
-        capture = Capture(self.info.enter(x), timestep)
+        capture, evidence = Capture(self.info.enter(x), timestep), evidence_in(options)
+        if evidence is not None and not getattr(self.guider, "uses_evidence", False):  # it comes after their guidance
+            given = evidence.given(capture.x, self.guider.inner_model, self.info)
+            posterior = conditioned(executor, capture.x, timestep, options, seed, self.guider, self.info, given)
+            capture.guided, capture.mean, self.capture = unguided(posterior), posterior.mean(), capture
+            return self.info.leave(posterior.mean())
         with capturing(options, capture):
             answer = executor(x, timestep, options, seed, **kwargs)
         mean = answer[0] if isinstance(answer, (tuple, list)) else answer
@@ -104,10 +111,7 @@ class HostDenoiser:
         return guided if blend is None else replace(guided, blend=blend)
 
     def positive(self, capture: Capture):
-        """The posterior of the guider's positive conditionings, or of all where none is called so."""
-        conds = getattr(self.guider, "conds", {})
-        positive = conds.get("positive") or [cond for group in conds.values() for cond in group]
-        return gather(capture, positive, self.info, "positive", self.model_options, "a GM sampler")
+        return positive(capture, self.guider, self.info, self.model_options, "a GM sampler")
 
     def blend(self, x: Tensor, out: Tensor, capture: Capture, mean: Tensor) -> Blend | None:
         """What turns the guider's mean into ``out``; with a mask m its weight is m, so that known pixels stay known."""
@@ -127,6 +131,27 @@ class HostDenoiser:
             options = {"model": self.guider, "sigmas": self.sigmas}
             mask = function(like.new_full((len(like),), sigma), mask, extra_options=options)
         return mask.expand_as(like)
+
+
+def positive(capture: Capture, guider, info: ModelInfo | AdapterInfo, options: dict, who: str) -> Mixture:
+    """The posterior of a guider's positive conditionings, or of all where none is called so."""
+    conds = getattr(guider, "conds", {})
+    chosen = conds.get("positive") or [cond for group in conds.values() for cond in group]
+    return gather(capture, chosen, info, "positive", options, who)
+
+
+def conditioned(executor, x: Tensor, timestep, options: dict, seed, guider, info: ModelInfo | AdapterInfo,
+                given: Conditioned) -> Mixture:
+    """What evidence makes of the mixture that somebody else's guider has moved; it is asked as often as needed."""
+    def ask(xs: list[Tensor], sigma) -> list[Mixture]:
+        seen = torch.as_tensor(sigma, dtype=timestep.dtype, device=timestep.device).expand(len(x))
+        capture = Capture(xs[0], seen)
+        with capturing(options, capture):
+            answer = executor(info.leave(xs[0]), seen, options, seed)
+        mean = info.enter(answer[0] if isinstance(answer, (tuple, list)) else answer)
+        return [guided_by_mean(positive(capture, guider, info, options, "evidence"), mean).posterior]
+
+    return posteriors_given(given, ask, x, float(timestep.flatten()[0]))[0]
 
 
 def model_info(guider) -> ModelInfo | AdapterInfo:

@@ -26,6 +26,7 @@ SNAPSHOT = HERE.parent / "tests" / "data" / "object_info.json"
 # Kept short.
 LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")} | text_to_image.LISTED
 DIGITS = "gmdit_digits.safetensors"
+CHOSEN = 4  # a hypothesis with a colour, of the seed in choose_a_hypothesis
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#4a7a4a", "#6d5a96", "#8a6d3b"
 
 
@@ -68,7 +69,7 @@ Press **Run**: ten digits, one for each class.
 """, size=(340, 400))
     group, model, positive, negative, latent = start(flow, "0-9", 10)
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampler = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+    sampler = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
                        latent_image=latent, seed=1, guidance=0.3)
     group = flow.group("To an image", right_of=group, color=PURPLE)
     images = enlarge(flow, sampler["latent"], pixels(flow))
@@ -111,7 +112,7 @@ Its **end_percent** 0.5 guides only the first half.
         title = f"Probabilistic guidance {scale or '0: none'}"
         row = flow.group(title, across=True,
                          **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
-        sampled = flow.add("GMFlowKSampler", size=(548, 350), model=model, positive=positive,
+        sampled = flow.add("GMFlowKSampler", size=(548, 400), model=model, positive=positive,
                            latent_image=latent, seed=7, steps=8, guidance=scale)
         look(title, f"probabilistic_{scale}", sampled["latent"])
 
@@ -199,7 +200,7 @@ and GM-ODE gives every pixel a pure ink of its own.
         row = flow.group("GMFlow KSampler" if ours else f"Core KSampler: {name}", across=True,
                          color=GREEN if ours else PURPLE, **beside)
         if ours:
-            sampled = flow.add("GMFlowKSampler", size=(300, 350), guidance=0.3, **column)
+            sampled = flow.add("GMFlowKSampler", size=(300, 400), guidance=0.3, **column)
         else:
             sampled = flow.add("KSampler", size=(300, 290), cfg=1.5, sampler_name=name, scheduler="simple",
                                denoise=1.0, **column)
@@ -235,7 +236,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
 
     source = flow.group("1  Paint threes", right_of=first, gap=80, color=GREEN)
     classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="3")
-    threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent,
+    threes = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"], latent_image=latent,
                       seed=5, guidance=0.3)["latent"]
     images = enlarge(flow, threes, pixels(flow))
     flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
@@ -244,7 +245,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
         row = flow.group(title, across=True, color=PURPLE, **group)
         classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
         start = threes if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=threes, mask=mask).out
-        latents = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+        latents = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
                            latent_image=start, seed=5, guidance=0.3, **settings)["latent"]
         images = enlarge(flow, latents, pixels(flow))
         flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
@@ -281,7 +282,7 @@ Changing only an inspector samples no new image.
 """, size=(340, 560))
     group, model, positive, negative, latent = start(flow, "3", 1)
     group = flow.group("Sample", right_of=group, color=BROWN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
                        latent_image=latent, seed=2, steps=8, guidance=0.3)
     images = enlarge(flow, sampled["latent"], pixels(flow))
     flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
@@ -293,6 +294,119 @@ Changing only an inspector samples no new image.
     flow.add("GMFlowInspector", "Entropy at step 2", step=2, view="entropy", **panel)
     last = flow.add("GMFlowInspector", "All steps", step=2, view="timeline", **panel)
     flow.add("PreviewAny", "Numbers of every step (JSON)", size=(620, 830), source=last["statistics"])
+
+
+def paint_a_hint(flow: Flow) -> None:
+    flow.note("""
+# One painted pixel decides the ink
+
+Ten digits, the same noise twice. Above: as the model likes. Below: **one pixel** of each is said to be magenta, \
+and the whole digit follows.
+
+**GMFlow Hint** takes a picture and a mask of where it is known. **GMFlow Apply Evidence** makes a model that paints what \
+agrees with it. No training, no gradients: the hint re-weights the mixture, and an *echo*, one more call of the network a \
+step, carries it to the other pixels.
+
+### Paint it yourself
+Put *Load Image* for the two nodes *The colour* and *The pixel* (its image and its mask): *Open in Mask Editor* in its menu \
+paints the mask. Newer versions have a *Painter* node for both. Any size of the image's shape will do.
+
+### Try
+- **propagate** off: only the pixel itself is asked for, and it gets lost.
+- **kind** hue, with *the pixel* as large as the picture and **std** 1: all in this ink.
+- A rough sketch: **std** 0.3 to 1 and **end_percent** 0.2.
+- **color** of *The colour*, **x** and **y** of the pixel.
+""", size=(340, 620))
+    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    hint = flow.group("The hint", below=group, color=BROWN)
+    colour = flow.add("EmptyImage", "The colour", width=16, height=16, color=0xFF00FF).out
+    nothing = flow.add("SolidMask", "Nothing is known (black)", value=0.0, width=16, height=16).out
+    pixel = flow.add("SolidMask", "The pixel (white)", value=1.0, width=1, height=1).out
+    mask = flow.add("MaskComposite", "Where it is", destination=nothing, source=pixel, x=8, y=5, operation="add").out
+    evidence = flow.add("GMFlowHint", image=colour, mask=mask).out
+    hinted = flow.add("GMFlowApplyEvidence", model=model, evidence=evidence).out
+    vae = pixels(flow)
+    row = None
+    for title, name, used in (("Without the hint", "without", model), ("With it", "with", hinted)):
+        beside = dict(right_of=hint, pos=(None, 0), gap=80) if row is None else dict(below=row)
+        row = flow.group(title, across=True, color=GREEN if row is None else PURPLE, **beside)
+        sampled = flow.add("GMFlowKSampler", size=(300, 400), model=used, positive=positive, negative=negative,
+                           latent_image=latent, seed=1, guidance=0.3)
+        images = enlarge(flow, sampled["latent"], vae)
+        flow.add("SaveImage", title, size=(700, 370), images=images, filename_prefix=f"gmflow/hint/{name}")
+
+
+def choose_a_hypothesis(flow: Flow) -> None:
+    flow.note("""
+# Look at the choices, take another one
+
+Before the first step the model has not decided on an ink: **GMFlow Inspector** shows its hypotheses, each with a number.
+
+**GMFlow Choose** takes one of them by its number and asks for its colour; the same noise then becomes the same digit in \
+that ink.
+
+### Try
+- **hypothesis**: the other numbers of the panel. The background has no colour, and the node says so.
+- **strength**: 1 asks, 5 insists.
+- **seed** and **labels** in all nodes that have them.
+""", size=(340, 380))
+    group, model, positive, negative, latent = start(flow, "3", 1)
+    vae = pixels(flow)
+    column = dict(positive=positive, negative=negative, latent_image=latent, seed=2, steps=8, guidance=0.3)
+    first = flow.group("As the model likes", right_of=group, color=GREEN)
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, **column)
+    flow.add("SaveImage", "As the model likes", size=(300, 370), images=enlarge(flow, sampled["latent"], vae),
+             filename_prefix="gmflow/choose/first")
+    look = flow.group("The choices at step 0", right_of=first, color=PURPLE)
+    flow.add("GMFlowInspector", "Hypotheses at step 0", size=(620, 830), trace=sampled["trace"], step=0, view="components")
+    ask = flow.group("Take another one", right_of=look, color=BROWN)
+    chosen = flow.add("GMFlowChoose", trace=sampled["trace"], step=0, hypothesis=CHOSEN).out
+    other = flow.add("GMFlowApplyEvidence", model=model, evidence=chosen).out
+    again = flow.add("GMFlowKSampler", size=(300, 400), model=other, **column)
+    flow.group("The chosen one", right_of=ask, color=GREEN)
+    flow.add("SaveImage", "The chosen one", size=(300, 370), images=enlarge(flow, again["latent"], vae),
+             filename_prefix="gmflow/choose/chosen")
+
+
+def colourise_and_enlarge(flow: Flow) -> None:
+    flow.note("""
+# From grey, and from 4 x 4 pixels
+
+**1**: ten digits, which we take for real pictures.
+
+**2, colourise**: of each only its brightness is told. Red, green and blue are equally bright, as are yellow, cyan and \
+magenta: one of three inks is right, and the mixture takes one instead of their mean.
+
+**3, enlarge**: of each only a picture of 4 x 4 pixels is told.
+
+For both, **propagate** off is enough: every pixel has evidence of its own.
+
+### Try
+- Your own picture: *Load Image* and *ImageScale* to 16 x 16 (grey) or to 4 x 4.
+- Both kinds together: **previous**.
+- **labels** of the second model: what if an 8 is to be a 3?
+""", size=(340, 420))
+    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    vae = pixels(flow)
+    common = dict(positive=positive, negative=negative, latent_image=latent, guidance=0.3)
+    first = flow.group("1  Pictures", right_of=group, color=GREEN)
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, seed=3, **common)
+    truth = flow.add("VAEDecode", size=(240, 60), samples=sampled["latent"], vae=vae).out
+    small = flow.add("ImageScale", "4 x 4 pixels", under=True, image=truth, upscale_method="area", width=4, height=4,
+                     crop="disabled").out
+    large = flow.add("ImageScaleBy", "Enlarge the pixels", size=(240, 90), under=True, image=truth,
+                     upscale_method="nearest-exact", scale_by=8.0).out
+    flow.add("SaveImage", "Pictures", size=(560, 330), images=large, filename_prefix="gmflow/colourise/1_pictures")
+    grey = flow.add("GMFlowHint", "Only their brightness", image=truth, kind="brightness").out
+    tiny = flow.add("GMFlowSmallPicture", image=small).out
+    row = None
+    for title, name, evidence in (("2  Colourised", "2_colourised", grey), ("3  Enlarged", "3_enlarged", tiny)):
+        beside = dict(right_of=first, pos=(None, 0), gap=80) if row is None else dict(below=row)
+        row = flow.group(title, across=True, color=PURPLE, **beside)
+        used = flow.add("GMFlowApplyEvidence", model=model, evidence=evidence, propagate=False).out
+        found = flow.add("GMFlowKSampler", size=(300, 400), model=used, seed=8, **common)
+        images = enlarge(flow, found["latent"], vae)
+        flow.add("SaveImage", title[3:], size=(560, 330), images=images, filename_prefix=f"gmflow/colourise/{name}")
 
 
 def imagenet_gmdit(flow: Flow) -> None:
@@ -330,7 +444,7 @@ Download the [whole repository]({repo}) and make one file of it: *python -m gmfl
         {"name": vae_file, "url": f"{vae_repo}/resolve/main/{vae_file}", "directory": "vae"},
     ]).out
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
                        negative=classes["negative"], latent_image=latent, seed=42, steps=8, guidance=0.45)
     flow.group("Decode and save", right_of=group, across=True, color=PURPLE)
     images = flow.add("VAEDecode", samples=sampled["latent"], vae=vae, size=(220, 60)).out
@@ -339,7 +453,8 @@ Download the [whole repository]({repo}) and make one file of it: *python -m gmfl
 
 WORKFLOWS = [
     quickstart, guidance_sweep, advanced_custom_sampling, core_sampler_compat, inpaint_and_img2img,
-    inspect_components, imagenet_gmdit, *text_to_image.WORKFLOWS,
+    inspect_components, paint_a_hint, choose_a_hypothesis, colourise_and_enlarge, imagenet_gmdit,
+    *text_to_image.WORKFLOWS,
 ]
 
 

@@ -61,7 +61,8 @@ def compose(found: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     panels = [(title, images[0]) for title, images in found if images[0].width > 256]
     if panels:
         cell = (WIDTH - GAP) // 2
-        drawn = [captioned(title, tiled([image], 1, cell)) for title, image in panels]
+        shown = panels if len(panels) > 1 else [(title, images[0]) for title, images in found]  # one panel, and what came of it
+        drawn = [captioned(title, tiled([image], 1, cell)) for title, image in shown]
         return padded(tiled(drawn, 2, WIDTH))
     if len(found) == 1:
         return padded(tiled(found[0][1], 5, WIDTH))

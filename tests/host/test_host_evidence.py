@@ -1,0 +1,241 @@
+"""Evidence in a real ComfyUI: the same numbers as ``gmflow_core``, and together with the core's nodes."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_host_gm import assert_same, checkpoint, core_noise  # noqa: F401
+
+from gmflow_core import Conditioned, GMDenoiser, Inpaint, SecondOrder, condition, flow_sigmas, sample_gm_ode, sample_gm_sde
+from gmflow_core.hints import hint, small_picture
+from gmflow_core.noise import ImageNoise
+from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
+from gmflow_core.schedule import default_substeps
+from train.data.digits import INKS
+from train.evaluate.digits_metrics import dominant_inks
+
+SECOND = SecondOrder(tilt=SECOND_ORDER_TILT)
+
+
+@pytest.fixture
+def painted(host):
+    """``painted(pixels, size)``: the names of pictures in the input folder: an RGBA one, transparent where painted as the mask
+    editor leaves it, and its size."""
+    def paint(pixels, size=(16, 16), name="hint.png"):
+        image = Image.new("RGBA", size, (0, 0, 0, 255))
+        for place, colour in pixels.items():
+            image.putpixel(place, (*colour, 0))
+        image.save(host.base / "input" / name)
+        return name
+    return paint
+
+
+def mask_and_picture(pixels, size=(16, 16)):
+    """The same as tensors."""
+    picture, mask = torch.full((1, 3, size[1], size[0]), -1.0), torch.zeros(1, 1, size[1], size[0])
+    for (x, y), colour in pixels.items():
+        picture[0, :, y, x] = torch.tensor(colour) / 127.5 - 1
+        mask[0, 0, y, x] = 1
+    return picture, mask
+
+
+MAGENTA = {(8, 4): (255, 0, 255)}
+
+
+def hinted(g, name, kind="colour", std=0.05, **options):
+    """A model with a painted hint."""
+    image = g.add("LoadImage", image=name)
+    evidence = g.add("GMFlowHint", image=image, mask=image.out(1), kind=kind, std=std)
+    return g.add("GMFlowApplyEvidence", model=g.model, evidence=evidence, **options)
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+@pytest.mark.parametrize("guidance", [0.0, 0.45])
+def test_a_hint_is_the_core_package_s(digits, painted, checkpoint, guidance, propagate):  # noqa: F811
+    g = digits(batch=3, labels="0,3,7")
+    model = hinted(g, painted(MAGENTA), propagate=propagate)
+    found = g.latents(g.gm(model=model, guidance=guidance, steps=5, seed=11))
+    given = Conditioned(hint(*mask_and_picture(MAGENTA), "colour", 0.05), propagate)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([0, 3, 7]), guidance, tilt=GUIDANCE_TILT, evidence=given)
+    with torch.no_grad():
+        expected = sample_gm_ode(denoiser, core_noise(3, 11), flow_sigmas(5), substeps=default_substeps(5), second_order=SECOND)
+    assert_same(found, expected)
+    if propagate:  # the digits are in the ink of their one painted pixel
+        assert dominant_inks(found).tolist() == [list(INKS).index("magenta")] * 3
+
+
+def test_gm_sde_end_percent_and_limit_are_the_core_package_s(digits, painted, checkpoint):  # noqa: F811
+    g = digits(batch=2, labels="3,7")
+    model = hinted(g, painted(MAGENTA), kind="hue", std=0.3, end_percent=0.3, limit=2.0)
+    found = g.latents(g.gm(model=model, guidance=0.3, solver="GM-SDE", steps=4, seed=11))
+    given = Conditioned(hint(*mask_and_picture(MAGENTA), "hue", 0.3), limit=2.0, until=0.7)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([3, 7]), 0.3, tilt=GUIDANCE_TILT, evidence=given)
+    with torch.no_grad():
+        expected = sample_gm_sde(
+            denoiser, core_noise(2, 11), flow_sigmas(4), spectrum=checkpoint.spectrum, second_order=SECOND,
+            noise_sampler=ImageNoise(11, range(2), (3, 16, 16), torch.device("cpu")),
+        )
+    assert_same(found, expected)
+
+
+def test_a_core_guider_conditions_afterwards(digits, painted, checkpoint):  # noqa: F811
+    """Core guiders with GM samplers: the guided posterior is conditioned, echo and all."""
+    g = digits(batch=2, labels="2")
+    model = hinted(g, painted(MAGENTA))
+    guider = g.add("BasicGuider", model=model, conditioning=g.positive)
+    found = g.latents(g.custom(g.add("SamplerGMFlowODE"), guider, steps=4))
+    given = hint(*mask_and_picture(MAGENTA), "colour", 0.05)
+    denoiser = condition(GMDenoiser(checkpoint.model, torch.tensor([2, 2])), given)
+    with torch.no_grad():
+        expected = sample_gm_ode(denoiser, core_noise(2, 0), flow_sigmas(4), substeps=default_substeps(4), second_order=SECOND)
+    assert_same(found, expected)
+
+
+def test_a_core_sampler_gets_the_tilted_mean(digits, painted, checkpoint):  # noqa: F811
+    """Euler on the mean of the tilted posterior: by hand, with the formula for a colour."""
+    g = digits(batch=2, labels="2")
+    model = hinted(g, painted(MAGENTA))
+    sigmas = g.add("GMFlowScheduler", model=g.model, steps=4)
+    euler = g.add("KSamplerSelect", sampler_name="euler")
+    found = g.latents(g.custom(euler, g.add("BasicGuider", model=model, conditioning=g.positive), sigmas))
+    picture, mask = mask_and_picture(MAGENTA)
+    x, grid = core_noise(2, 0), flow_sigmas(4).tolist()
+    with torch.no_grad():
+        for s, t in zip(grid, grid[1:]):
+            m = GMDenoiser(checkpoint.model, torch.tensor([2, 2]))(x, s).posterior
+            v, precision = m.var, mask / 0.05**2
+            w = (m.log_weights + ((precision * picture).unsqueeze(1) * m.means - 0.5 * precision.unsqueeze(1) * m.means**2
+                                  ).sum(2, keepdim=True) / (1 + precision * v).unsqueeze(1)).softmax(1)
+            mean = (w * (m.means + v.unsqueeze(1) * (precision * picture).unsqueeze(1)) / (1 + precision * v).unsqueeze(1)).sum(1)
+            x = mean + (x - mean) * (t / s)
+    assert_same(found, x)
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m", "uni_pc"])
+def test_core_samplers_keep_a_hint(digits, painted, sampler):
+    """It draws its own pixel nearer."""
+    g = digits(batch=2, labels="2,3")
+    with_hint, without = g.latents(*(g.core(model=m, sampler_name=sampler, steps=6, cfg=1.5)
+                                     for m in (hinted(g, painted(MAGENTA), std=0.02), g.model)))
+    wanted = torch.tensor([1.0, -1.0, 1.0])
+    off, plain = ((x[..., 4, 8] - wanted).square().mean().sqrt() for x in (with_hint, without))
+    assert with_hint.isfinite().all() and off < 0.8 * plain
+
+
+def test_exactness_and_propagation_together(digits, painted, checkpoint):  # noqa: F811
+    """A noise mask keeps what evidence only draws near, denoise below 1 starts from the image."""
+    g = digits(batch=1, labels="5")
+    pixels = {(x, y): (0, 255, 255) for x in range(6, 8) for y in range(16)}
+    name = painted(pixels)
+    image = g.add("LoadImage", image=name)
+    model = hinted(g, name)
+    pixel = g.add("VAELoader", vae_name="pixel_space")
+    latent = g.add("SetLatentNoiseMask", samples=g.add("VAEEncode", pixels=image, vae=pixel), mask=g.add("InvertMask", mask=image.out(1)))
+    found = g.latents(g.gm(model=model, latent_image=latent, guidance=0.3, steps=4, seed=3))
+    picture, mask = mask_and_picture(pixels)
+    noise = core_noise(1, 3)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([5]), 0.3, tilt=GUIDANCE_TILT, evidence=hint(picture, mask, "colour", 0.05))
+    with torch.no_grad():
+        expected = sample_gm_ode(denoiser, noise, flow_sigmas(4), substeps=default_substeps(4), second_order=SECOND,
+                                 inpaint=Inpaint(1 - mask, picture, noise))
+    assert_same(found, expected)
+    assert (found[:, :, :, 6:8] - picture[:, :, :, 6:8]).abs().max() < 1e-3
+
+
+def test_small_pictures_and_more_evidence(digits, painted, host, checkpoint):  # noqa: F811
+    g = digits(batch=2, labels="8")
+    small = Image.new("RGB", (4, 4), (60, 0, 60))
+    small.save(host.base / "input" / "small.png")
+    image = g.add("LoadImage", image="small.png")
+    hinted_image = g.add("LoadImage", image=painted(MAGENTA))
+    first = g.add("GMFlowSmallPicture", image=image)
+    both = g.add("GMFlowHint", image=hinted_image, mask=hinted_image.out(1), previous=first)
+    one = g.add("GMFlowApplyEvidence", model=g.model, evidence=both)
+    again = g.add("GMFlowApplyEvidence", model=g.add("GMFlowApplyEvidence", model=g.model, evidence=first),
+                  evidence=g.add("GMFlowHint", image=hinted_image, mask=hinted_image.out(1)))
+    a, b = g.latents(g.gm(model=one, guidance=0.3, steps=3), g.gm(model=again, guidance=0.3, steps=3))
+    assert torch.equal(a, b)
+    picture = torch.full((1, 3, 4, 4), -1.0)
+    picture[:, [0, 2]] = 60 / 127.5 - 1
+    evidence = small_picture(picture, (16, 16), 0.02) + hint(*mask_and_picture(MAGENTA), "colour", 0.05)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([8, 8]), 0.3, tilt=GUIDANCE_TILT, evidence=evidence)
+    with torch.no_grad():
+        expected = sample_gm_ode(denoiser, core_noise(2, 0), flow_sigmas(3), substeps=default_substeps(3), second_order=SECOND)
+    assert_same(a, expected)
+
+
+def test_larger_pictures_are_averaged_and_batches_repeat(digits, painted, checkpoint):  # noqa: F811
+    """A hint drawn at eight times the size; unpainted pixels lend no colour."""
+    g = digits(batch=3, labels="1")
+    name = painted({(8 * 8 + i, 4 * 8 + j): (255, 0, 255) for i in range(4) for j in range(8)}, (128, 128), "large.png")
+    found = g.latents(g.gm(model=hinted(g, name), guidance=0.0, steps=3))
+    picture, mask = mask_and_picture(MAGENTA)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([1, 1, 1]), evidence=hint(picture, 0.5 * mask, "colour", 0.05))
+    with torch.no_grad():
+        expected = sample_gm_ode(denoiser, core_noise(3, 0), flow_sigmas(3), substeps=default_substeps(3), second_order=SECOND)
+    assert_same(found, expected)
+
+
+def test_a_chosen_hypothesis_is_painted(digits, host):
+    """Of an undecided first step, every hypothesis that has a colour can be asked for, and most are painted in it; the numbers
+    are the inspector's."""
+    painted, asked = 0, 0
+    for number in range(1, 9):
+        g = digits(batch=1, labels="0")
+        trace = g.gm(guidance=0.3, steps=8, seed=5).out(1)
+        looked = g.add("GMFlowInspector", trace=trace, view="components", step=0)
+        shown = g.add("PreviewAny", source=looked.out(1))
+        chosen = g.add("GMFlowChoose", trace=trace, step=0, image=0, hypothesis=number, strength=1.0)
+        model = g.add("GMFlowApplyEvidence", model=g.model, evidence=chosen)
+        saved = g.add("SaveLatent", samples=g.gm(model=model, guidance=0.3, steps=8, seed=5))
+        result = host.run(g.graph)
+        if not result.ok:
+            assert f"hypothesis {number} has no colour" in result.error, result.error
+            continue
+        numbers = json.loads(result.outputs[shown[0]]["text"][0])
+        colour = (torch.tensor(numbers["hypotheses"][number - 1]) + 1) / 2
+        wanted = dominant_inks((2 * colour / colour.max() - 1).reshape(1, 3, 1, 1))
+        asked, painted = asked + 1, painted + int(dominant_inks(result.latent(saved)) == wanted)
+    assert asked >= 3 and painted >= 0.7 * asked, (painted, asked)
+
+
+def test_evidence_leaves_a_trace(digits, painted, host):
+    g = digits(batch=1, labels="4")
+    sampled = g.gm(model=hinted(g, painted(MAGENTA)), guidance=0.3, steps=3)
+    g.add("GMFlowInspector", trace=sampled.out(1), view="pixel", step=1, pixel_x=8, pixel_y=4)
+    result = host.run(g.graph)
+    assert result.ok, result.error
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def refused(host, g, node, *words):
+    g.add("SaveLatent", samples=g.gm(model=node, steps=2))
+    error = host.run(g.graph).error
+    assert all(word in error for word in words) and "\n" not in error.strip(), error
+
+
+def test_a_picture_without_paint_and_one_of_another_shape_are_one_line(digits, painted, host):
+    refused(host, g := digits(batch=1, labels="1"), hinted(g, painted({})), "mask", "nothing is painted")
+    wide = painted({(1, 1): (9, 9, 9)}, (32, 16), "wide.png")
+    refused(host, g := digits(batch=1, labels="1"), hinted(g, wide), "32 x 16", "crop it")
+
+
+def test_hue_of_grey_and_small_pictures_that_do_not_fit_are_one_line(digits, painted, host):
+    refused(host, g := digits(batch=1, labels="1"), hinted(g, painted({(3, 3): (99, 99, 99)}), kind="hue"), "no colour")
+    Image.new("RGB", (5, 5)).save(host.base / "input" / "five.png")
+    g = digits(batch=1, labels="1")
+    small = g.add("GMFlowSmallPicture", image=g.add("LoadImage", image="five.png"))
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=small), "5 x 5", "whole multiple")
+
+
+def test_a_hypothesis_that_is_not_there_is_one_line(digits, host):
+    g = digits(batch=1, labels="1")
+    trace = g.gm(steps=2).out(1)
+    e = g.add("GMFlowChoose", trace=trace, step=0, image=0, hypothesis=40, strength=1.0)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "hypothesis: got 40", "1 to 8")
+    g = digits(batch=1, labels="1")
+    e = g.add("GMFlowChoose", trace=g.gm(steps=2).out(1), step=7, image=0, hypothesis=1, strength=1.0)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "step: got 7")
