@@ -103,10 +103,12 @@ def open_checkpoint(args):
 
     checkpoint = load_checkpoint(args.checkpoint, device=open_device(args.device))
     classes = checkpoint.config.num_classes
-    if classes is None and args.labels:
+    if args.labels is None:
+        return checkpoint, None
+    if classes is None:
         raise UsageError("--labels: this model has no classes; use --count")
     try:
-        return checkpoint, None if args.labels is None else parse_labels(args.labels, classes, checkpoint.class_names)
+        return checkpoint, parse_labels(args.labels, classes, checkpoint.class_names)
     except LabelError as error:
         raise UsageError(f"--labels: {error}") from None
 

@@ -297,7 +297,7 @@ def _linear(layers: State, name: str, path: Path, bias: bool = True) -> Linear:
     if weight is None or weight.ndim != 2:
         got = "is missing" if weight is None else f"has shape {tuple(weight.shape)}, not 2 axes"
         raise CheckpointError(f"{path}: {name}.weight {got}")
-    if (offset is not None) != bias or (bias and tuple(offset.shape) != tuple(weight.shape[:1])):
+    if (offset is not None) != bias or (offset is not None and tuple(offset.shape) != tuple(weight.shape[:1])):
         got = "is missing" if offset is None else f"has shape {tuple(offset.shape)}"
         right = f"be {tuple(weight.shape[:1])}" if bias else "not be there in this family"
         raise CheckpointError(f"{path}: {name}.bias {got}; it should {right}")

@@ -14,9 +14,9 @@ import logging
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from .configs import make_config
 from .files import CheckpointError, State, is_safetensors, one_line, read_safetensors, reading, shown, write_safetensors
@@ -122,7 +122,7 @@ def _check(raw: RawCheckpoint) -> None:
     _check_part(raw.state, raw.config, raw.path)
     if (raw.spectrum_state is None) != (raw.spectrum_config is None):
         raise CheckpointError(f"{raw.path}: has a spectrum network's weights or its config, but not both")
-    if raw.spectrum_config is not None:
+    if raw.spectrum_config is not None and raw.spectrum_state is not None:
         _check_part(raw.spectrum_state, raw.spectrum_config, f"{raw.path} (spectrum network)")
         channels = raw.spectrum_config.base_size[0]
         if channels != raw.config.in_channels:
@@ -198,7 +198,7 @@ def description_tensors(raw: RawCheckpoint) -> State:
 # ---- reading -----------------------------------------------------------------------------------
 
 def load_checkpoint(
-    path, device="cpu", dtype: torch.dtype | None = torch.float32, *, heads: int | None = None,
+    path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32, *, heads: int | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of any known format (see :func:`read_state`) and build its networks.
 
@@ -207,7 +207,7 @@ def load_checkpoint(
     raw = read_raw(path, heads)
     with reading(raw.path):
         spectrum = None
-        if raw.spectrum_config is not None:
+        if raw.spectrum_config is not None and raw.spectrum_state is not None:
             spectrum = build_network(raw.spectrum_config, raw.spectrum_state, device, dtype, raw.path)
         model = build_network(raw.config, raw.state, device, dtype, raw.path)
     return Checkpoint(
@@ -215,7 +215,7 @@ def load_checkpoint(
     )
 
 
-def build_network(config, state: State, device, dtype, source) -> nn.Module:
+def build_network(config, state: State, device, dtype, source) -> Any:
     """The network of a config with these weights: eval mode, no gradients."""
     # Always a copy: a tensor that stays mapped to the file dies with it when someone overwrites the file.
     state = {name: value.to(device, dtype, copy=True) for name, value in state.items()}

@@ -100,7 +100,7 @@ def sample_images(
     callback=None,
 ) -> Tensor:
     """Images (or points) (N,C,*S), one per label. ``callback(StepInfo)`` runs at every network step."""
-    total = len(labels) if labels is not None else count
+    total = len(labels) if labels is not None else count or 0
     device = next(checkpoint.model.parameters()).device
     sigmas, parts = flow_sigmas(steps, options.shift), []
     for start in range(0, total, batch_size):
@@ -154,4 +154,4 @@ def read_evidence(args, checkpoint: Checkpoint) -> Conditioned | None:
         except ValueError as error:
             raise UsageError(f"--{name} {path}: {error}") from None
         found = part if found is None else found + part
-    return Conditioned(found, propagate=not args.no_propagate)
+    return None if found is None else Conditioned(found, propagate=not args.no_propagate)

@@ -102,7 +102,7 @@ def check_stream(path: Path) -> None:
 def check_plain(path: Path, pickle: BinaryIO) -> None:
     """CheckpointError if a pickle names a class or function that plain tensors and values do not need. Runs nothing."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
-        if opcode.name in ("GLOBAL", "INST") and not re.fullmatch(_PLAIN, argument):
+        if opcode.name in ("GLOBAL", "INST") and not re.fullmatch(_PLAIN, argument := str(argument)):
             name = shown(argument.replace(" ", ".", 1))
             tensors = argument.startswith(("torch._utils ", "torch._tensor "))
             kind = "tensors that are not plain" if tensors else "Python code or objects"

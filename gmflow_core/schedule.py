@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Time = TypeVar("Time", Tensor, float)
 
-def shift_time(t: Tensor | float, shift: float) -> Tensor | float:
+
+def shift_time(t: Time, shift: float) -> Time:
     r"""sigma = m t / (1 + (m - 1) t): raw time to sigma under time shift m > 0 (Esser et al. 2024)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def unshift_time(sigma: Tensor | float, shift: float) -> Tensor | float:
+def unshift_time(sigma: Time, shift: float) -> Time:
     r"""t = sigma / (m - (m - 1) sigma): the inverse of :func:`shift_time`."""
     return sigma / (shift - (shift - 1) * sigma)
 

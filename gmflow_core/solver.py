@@ -177,7 +177,7 @@ def sample_gm_ode(
 
     def advance(start: Tensor, blend: Blend | None, posterior: Mixture, target: Gaussian, step: int, sigma: float,
                 sigma_next: float) -> Tensor:
-        grid, x = substep_sigmas(sigma, sigma_next, counts[step], shift), seen(start, blend)
+        grid, x = substep_sigmas(sigma, sigma_next, int(counts[step]), shift), seen(start, blend)
         later = Reanchoring(posterior, x, sigma, grid[1:-1]) if len(grid) > 2 else None
         for i, (s, s_next) in enumerate(pairwise(grid)):
             if interrupt is not None:

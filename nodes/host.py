@@ -51,7 +51,7 @@ def known(factory, *args, **fields):
 class HostGMDiT(GMDiT):
     """GM-DiT of the host's layers. ``forward`` returns the mean velocity (B,C,H,W) in float32."""
 
-    def __init__(self, config: GMDiTConfig, in_channels: int, dtype=None, device=None, operations=None):
+    def __init__(self, config: GMDiTConfig, in_channels: int, dtype=None, device=None, *, operations):
         super().__init__(config, operations=operations, attention=optimized_attention, dtype=dtype, device=device)
         self.dtype, self.in_channels = dtype, in_channels
 
@@ -65,11 +65,11 @@ class HostGMDiT(GMDiT):
             x, timesteps, context, control, transformer_options, labels=labels, **kwargs
         )
 
-    def _mean_velocity(self, x, sigma, context, control, transformer_options, labels=None, **kwargs):
+    def _mean_velocity(self, x, sigma, context, control, transformer_options, labels, **kwargs):
         if control is not None:
             raise ValueError("a ControlNet is applied to the conditioning; there are none for GMFlow models: remove it")
         packed = super().forward(x, sigma, labels, transformer_options=transformer_options)
-        hand_over(packed, transformer_options)
+        hand_over(packed, transformer_options)  # pyright: ignore[reportCallIssue]
         return self.mixture(packed).mean()
 
 

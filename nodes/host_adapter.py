@@ -66,6 +66,9 @@ class Replacement(torch.nn.Module):
     its keys, its ``weight`` and ``bias``; the adapter's tensors are invisible and cannot land in the base.
     """
 
+    base: torch.nn.Module
+    tensors: Tensors
+
     def __init__(self, base: torch.nn.Module, tensors: Tensors):
         super().__init__()
         self.__dict__.update(base=base, tensors=tensors)
@@ -114,9 +117,8 @@ def modulation_for(adapter: Adapter) -> Linear:
     """The adapter's modulation in the base's order: Qwen-Image's is that of the file, FLUX's the other way round."""
     if adapter.family.scale_first:
         return adapter.modulation
-    turned = [None if t is None else torch.cat(t.chunk(2)[::-1])
-              for t in (adapter.modulation.weight, adapter.modulation.bias)]
-    return Linear(*turned)
+    weight, bias = adapter.modulation.weight, adapter.modulation.bias
+    return Linear(torch.cat(weight.chunk(2)[::-1]), None if bias is None else torch.cat(bias.chunk(2)[::-1]))
 
 
 class AdapterSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -159,7 +161,8 @@ def capture_mixture(info: AdapterInfo):
             rows, columns = rows_and_columns(info.family, height, width)
             means, log_weights = (t[:, : rows * columns] for t in sink.tokens)
             packed = pack_tokens(means, log_weights, sink.log_std, rows, columns)
-            hand_over(packed if info.family.packed else packed[..., :height, :width], transformer_options)
+            packed = packed if info.family.packed else packed[..., :height, :width]
+            hand_over(packed, transformer_options)  # pyright: ignore[reportCallIssue]
         return denoised
 
     return wrapper

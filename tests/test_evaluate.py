@@ -443,7 +443,8 @@ def test_statistics_are_those_of_the_data_and_not_of_its_folders_name(tmp_path, 
 
 
 def test_classes_are_compared_by_name(tmp_path, mean_features, capsys):
-    """A model whose classes are the data's in another order: the same accuracy and likelihood as in the data's order."""
+    """A model whose classes are the data's in another order: the same accuracy and likelihood as in the data's
+    order."""
     data = pictures(tmp_path / "data", 0, names=("a", "b", "c"))
     images = real_images(str(data), 16)
     names = {"same": ("a", "b", "c"), "turned": ("c", "a", "b"), "other": ("a", "b", "x")}

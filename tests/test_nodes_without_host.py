@@ -292,15 +292,18 @@ def test_latents_of_a_model_with_an_adapter(pack, rng, name, latent, space):
 
 def test_lora_modules_in_comfyui_s_names(pack):
     """Every module of the published adapters has a name and, where it is a part of a layer, its rows."""
-    names = {"FLUX.1": ROOT / "tests/data/piflow/keys_gmflux1.json", "Qwen-Image": ROOT / "tests/data/piflow/keys_gmqwen.json"}
+    names = {"FLUX.1": ROOT / "tests/data/piflow/keys_gmflux1.json",
+             "Qwen-Image": ROOT / "tests/data/piflow/keys_gmqwen.json"}
     for name, file in names.items():
         info = adapter_info(pack, name)
         modules = {key.split(".lora_")[0] for key in json.loads(file.read_text()) if ".lora_" in key}
         found = {module: pack("nodes.adapter_info").host_module(info.family, module, 3072) for module in modules}
-        assert None not in found.values() and len(set(found.values())) == len(modules) == {"FLUX.1": 154, "Qwen-Image": 240}[name]
+        assert None not in found.values()
+        assert len(set(found.values())) == len(modules) == {"FLUX.1": 154, "Qwen-Image": 240}[name]
     flux, two = adapter_info(pack, "FLUX.1").family, adapter_info(pack, "FLUX.2").family
     host_module = pack("nodes.adapter_info").host_module
-    assert host_module(flux, "single_transformer_blocks.37.proj_mlp", 3072) == ("single_blocks.37.linear1", (9216, 12288))
+    assert host_module(flux, "single_transformer_blocks.37.proj_mlp", 3072) == ("single_blocks.37.linear1",
+                                                                                (9216, 12288))
     assert host_module(flux, "transformer_blocks.3.attn.add_k_proj", 10) == ("double_blocks.3.txt_attn.qkv", (10, 10))
     assert host_module(flux, "time_text_embed.timestep_embedder.linear_2", 10) == ("time_in.out_layer", None)
     assert host_module(two, "single_stream_modulation.linear", 10) == ("single_stream_modulation.lin", None)

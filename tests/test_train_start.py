@@ -270,7 +270,8 @@ def dit_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if rest.startswith("norm1.emb."):
             if block == "0":
                 inner = rest.removeprefix("norm1.emb.")
-                old = {"timestep_embedder.linear_1": "t_embedder.mlp.0", "timestep_embedder.linear_2": "t_embedder.mlp.2",
+                old = {"timestep_embedder.linear_1": "t_embedder.mlp.0",
+                       "timestep_embedder.linear_2": "t_embedder.mlp.2",
                        "class_embedder": "y_embedder"}
                 found[next(inner.replace(a, b) for a, b in old.items() if inner.startswith(a))] = value
         elif rest.startswith("attn1.to_q"):
@@ -278,22 +279,26 @@ def dit_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             parts = [state[f"transformer_blocks.{block}.attn1.to_{part}.{kind}"] for part in "qkv"]
             found[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
         elif block and not rest.startswith(("attn1.to_k", "attn1.to_v")):
-            old = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+            old = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1",
+                   "ff.net.2": "mlp.fc2"}
             found[f"blocks.{block}." + next(rest.replace(a, b) for a, b in old.items() if rest.startswith(a))] = value
         elif not block and name != "pos_embed.pos_embed":
-            old = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1", "proj_out_2": "final_layer.linear"}
+            old = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1",
+                   "proj_out_2": "final_layer.linear"}
             found[next(name.replace(a, b) for a, b in old.items() if name.startswith(a))] = value
     return found
 
 
 @pytest.mark.parametrize("kind", ["training", "bare", "wrapped"])
 def test_a_dit_under_its_own_names(tmp_path, kind, capsys):
-    """A training file {model, ema, opt} gives its average; the start is the one from the same weights in diffusers' layout."""
+    """A training file {model, ema, opt} gives its average; the start is the one from the same weights in diffusers'
+    layout."""
     config = replace(TINY, model=replace(TINY.model, num_layers=2))
     state = diffusers_state(config, sigma_channels=True)
     save_file(state, tmp_path / "a.safetensors")
     theirs = dit_names(state)
-    content = {"training": {"model": {k: v + 1 for k, v in theirs.items()}, "ema": theirs, "opt": {"state": {}}, "args": None},
+    content = {"training": {"model": {k: v + 1 for k, v in theirs.items()}, "ema": theirs, "opt": {"state": {}},
+                            "args": None},
                "bare": theirs, "wrapped": {f"module.{k}": v for k, v in theirs.items()}}[kind]
     torch.save(content, tmp_path / "b.pt")
     nets = [build(config, CPU), build(config, CPU)]
@@ -314,11 +319,13 @@ def test_the_plain_file_is_preferred_to_its_variants(tmp_path):
     nets, expected = build(config, CPU), build(config, CPU)
     initialise(nets, config, tmp_path)
     initialise(expected, config, tmp_path / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(nets.state_dict().values(), expected.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(nets.state_dict().values(), expected.state_dict().values(), strict=True))
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     initialise(nets, config, tmp_path)
     initialise(expected, config, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(nets.state_dict().values(), expected.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(nets.state_dict().values(), expected.state_dict().values(), strict=True))
 
 
 def test_a_run_folder_is_its_checkpoint(tmp_path):

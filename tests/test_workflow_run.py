@@ -238,7 +238,8 @@ def answering(raw: bytes):
 @pytest.mark.parametrize("raw", [
     b"garbage\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort",
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull",
-    b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"prompt_id": 3}', b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n\xff\xfe\xfd",
+    b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"prompt_id": 3}',
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n\xff\xfe\xfd",
 ])
 def test_answers_that_are_no_comfyuis(tmp_path, capsys, raw):
     with answering(raw) as url:
@@ -247,7 +248,9 @@ def test_answers_that_are_no_comfyuis(tmp_path, capsys, raw):
 
 
 def images(*files):
-    return {**DONE, "outputs": {"9": {"images": [dict(zip(("filename", "subfolder", "type"), file, strict=False)) for file in files]}}}
+    return {**DONE,
+            "outputs": {"9": {"images": [dict(zip(("filename", "subfolder", "type"), file, strict=False))
+                                         for file in files]}}}
 
 
 @pytest.mark.parametrize("filename", ["..", ".", "", "a/..", 7, None, ["a"], "\x1b[2J.png", "C:evil.png", "a\0b"])
@@ -263,7 +266,8 @@ def test_a_path_as_a_name_stays_inside(tmp_path):
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")} == {"out/x/a.png", "out/b.png"}
 
 
-@pytest.mark.parametrize("entry", [{"outputs": 3}, {"outputs": {"9": 3}}, {"outputs": {"9": {"images": 3}}}, {"status": 3}, {"status": {"messages": [1]}}])
+@pytest.mark.parametrize("entry", [{"outputs": 3}, {"outputs": {"9": 3}}, {"outputs": {"9": {"images": 3}}},
+                                   {"status": 3}, {"status": {"messages": [1]}}])
 def test_histories_of_another_shape(tmp_path, capsys, entry):
     with comfy(entry) as (url, _):
         assert main([QUICKSTART, "--server", url, "--out", str(tmp_path)]) == 3

@@ -15,6 +15,12 @@ from hosting import MISSING, Graph, Host, Node, checkouts, version
 CHECKOUTS = checkouts()
 
 
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.host)
+
+
 @pytest.fixture(scope="session", params=CHECKOUTS or [None], ids=lambda path: version(path) if path else "no ComfyUI")
 def host(request, tmp_path_factory):
     """A running server with the pack in it."""
@@ -24,6 +30,13 @@ def host(request, tmp_path_factory):
     host.start()
     yield host
     host.stop()
+
+
+def assert_same(found, expected) -> None:
+    """Equal up to rounding: where two components weigh the same, a pixel amplifies it,
+    so a few in a hundred may differ more."""
+    difference = (found - expected).abs()
+    assert difference.mean() < 1e-4 and (difference > 1e-4).float().mean() < 0.02, (difference.mean(), difference.max())
 
 
 class Digits:

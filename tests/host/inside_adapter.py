@@ -36,7 +36,8 @@ IO = tiny.io(NAME)
 ADAPTER = tiny.DATA / NAME / "adapter" / tiny.WEIGHTS
 HEAD = "proj_out" if NAME == "gmqwen_tiny" else "final_layer.linear"
 MODULATION = "norm_out.linear" if NAME == "gmqwen_tiny" else "final_layer.adaLN_modulation.1"
-BOTH = "transformer_blocks.0.img_mlp.net.2" if NAME == "gmqwen_tiny" else "double_blocks.0.img_mlp.2"  # the adapter's LoRA is here too
+# The adapter's LoRA is here too.
+BOTH = "transformer_blocks.0.img_mlp.net.2" if NAME == "gmqwen_tiny" else "double_blocks.0.img_mlp.2"
 LOG = io.StringIO()
 logging.getLogger().addHandler(logging.StreamHandler(LOG))
 
@@ -76,7 +77,8 @@ class Ask(comfy.samplers.CFGGuider):
             return noise
 
         zeros = torch.zeros_like(x)
-        self.sample(zeros, zeros, comfy.samplers.KSAMPLER(sampler), torch.tensor([float(sigma.flatten()[0]), 0.0]), disable_pbar=True)
+        self.sample(zeros, zeros, comfy.samplers.KSAMPLER(sampler), torch.tensor([float(sigma.flatten()[0]), 0.0]),
+                    disable_pbar=True)
         return self.answer
 
 
@@ -101,7 +103,8 @@ def difference(a, b) -> float:
 def against_authors(packed, rows=(0, 1)) -> dict:
     mixture = unpack(packed, 8)
     names = {"means": "means", "log_weights": "logweights", "log_std": "logstds"}
-    return {ours: difference(getattr(mixture, ours), torch.cat([IO[theirs][r : r + 1] for r in rows])) for ours, theirs in names.items()}
+    return {ours: difference(getattr(mixture, ours), torch.cat([IO[theirs][r : r + 1] for r in rows]))
+            for ours, theirs in names.items()}
 
 
 def mixtures() -> dict:
@@ -121,10 +124,12 @@ def alternating() -> dict:
     for _ in range(3):
         for name, model in models.items():
             velocity, packed = ask(model)
-            same.append(torch.equal(velocity, first[name][0]) and (packed is None or torch.equal(packed, first[name][1])))
+            same.append(torch.equal(velocity, first[name][0])
+                        and (packed is None or torch.equal(packed, first[name][1])))
     comfy.model_management.unload_all_models()
     after = base.model.state_dict()
-    same += [before.keys() == after.keys(), all(torch.equal(before[key], after[key]) for key in before), torch.equal(ask(base)[0], plain)]
+    same += [before.keys() == after.keys(), all(torch.equal(before[key], after[key]) for key in before),
+             torch.equal(ask(base)[0], plain)]
     return {"same": same, "captured": first["base"][1] is None and first["A"][1] is not None}
 
 
@@ -157,11 +162,13 @@ def merged(lora):
 
 
 def loras() -> dict:
-    """A user's LoRA on a layer that the adapter changes too: after it, before it, merged; and on the replaced layers."""
+    """A user's LoRA on a layer that the adapter changes too: after it, before it, merged;
+    and on the replaced layers."""
     lora = user_lora([BOTH])
     base = tiny.base(NAME)
     after, before, baked = with_lora(adapted(base), lora), adapted(with_lora(base, lora)), adapted(merged(lora))
-    asked = {name: ask(model)[1] for name, model in {"after": after, "before": before, "merged": baked, "none": adapted(base)}.items()}
+    asked = {name: ask(model)[1]
+             for name, model in {"after": after, "before": before, "merged": baked, "none": adapted(base)}.items()}
     found = {name: difference(asked[name], asked["merged"]) for name in ("after", "before", "none")}
 
     lora, plain, ignored = user_lora([HEAD, MODULATION]), ask(base)[0], []
@@ -177,14 +184,16 @@ def loras() -> dict:
 
 
 def hooks() -> dict:
-    """A LoRA as a conditioning's hook, on a shared and on the replaced layers, as the very first run: the weight patch."""
+    """A LoRA as a conditioning's hook, on a shared and on the replaced layers, as the very first run:
+    the weight patch."""
     import comfy.hooks
 
     lora = user_lora([BOTH, HEAD, MODULATION])
     model = adapted(tiny.base(NAME))
     group = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
     hooked = ask(model, hooks=group)[1]
-    return {"difference": difference(hooked, ask(with_lora(model, lora))[1]), "without": difference(hooked, ask(model)[1])}
+    return {"difference": difference(hooked, ask(with_lora(model, lora))[1]),
+            "without": difference(hooked, ask(model)[1])}
 
 
 def dtypes() -> dict:
@@ -195,7 +204,8 @@ def dtypes() -> dict:
         base = tiny.base(NAME, dtype)
         for name, model in (("plain", base), ("adapter", adapted(base))):
             velocity = ask(model)[0].float()
-            found[f"{name} {dtype}"] = ((velocity - exact[name]).square().mean() / exact[name].square().mean()).sqrt().item()
+            found[f"{name} {dtype}"] = ((velocity - exact[name]).square().mean()
+                                        / exact[name].square().mean()).sqrt().item()
     return found
 
 
@@ -209,7 +219,7 @@ def compiled() -> dict:
     set_torch_compile_wrapper(model, backend="eager")
     got = [ask(model) for _ in range(2)]
     again = ask(plain)
-    return {"same": [torch.equal(a, b) for pair in (*got, again) for a, b in zip(pair, expected)]}
+    return {"same": [torch.equal(a, b) for pair in (*got, again) for a, b in zip(pair, expected, strict=True)]}
 
 
 def guidance() -> dict:
@@ -261,7 +271,8 @@ def low_memory() -> dict:
 def unreachable() -> dict:
     """What is said to models without the layers, or of another kind, and that they stay as they were."""
     found = {}
-    for module, name in (("nunchaku.models.transformer", "NunchakuFluxTransformer"), ("comfy_tensorrt", "TrTUnet"), ("somewhere", "Other")):
+    for module, name in (("nunchaku.models.transformer", "NunchakuFluxTransformer"), ("comfy_tensorrt", "TrTUnet"),
+                         ("somewhere", "Other")):
         model = tiny.base(NAME)
         model.model.diffusion_model = type(name, (torch.nn.Module,), {"__module__": module})()
         found[name] = message(adapted, model)

@@ -423,10 +423,11 @@ def test_the_plain_model_stays_as_it_was(inside, name):
 
 @families
 def test_loras(inside, name):
-    """On a layer that the adapter changes too: in any order; on the replaced layers: ignored and named, right on the plain model."""
+    """On a layer that the adapter changes too: in any order; on the replaced layers:
+    ignored and named, right on the plain model."""
     found = inside("loras", name)
     assert found["after"] <= 1e-5 and found["before"] <= 1e-5 and found["none"] > 1e-2
-    same, lines, plain, restored = zip(found["ignored"][:4], found["ignored"][4:])
+    same, lines, plain, restored = zip(found["ignored"][:4], found["ignored"][4:], strict=True)
     assert all(same) and lines == (1, 1) and max(plain) <= 1e-5 and all(restored)
 
 
@@ -470,6 +471,7 @@ def test_low_memory(inside, name):
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_models_without_the_layers_are_named(inside, name):
     found = inside("unreachable", name)
-    assert "a Nunchaku model has no layers" in found["NunchakuFluxTransformer"] and "a TensorRT engine has" in found["TrTUnet"]
+    assert "a Nunchaku model has no layers" in found["NunchakuFluxTransformer"]
+    assert "a TensorRT engine has" in found["TrTUnet"]
     assert "model has no layers" in found["Other"] and "paints latents of" in found["axes"]
     assert all(text.startswith("ValueError: model: ") for text in found.values())

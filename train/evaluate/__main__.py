@@ -234,8 +234,8 @@ def sweep(args: argparse.Namespace) -> dict:
         results.about(subject, partial(likelihood, subject, images, args.batch))
         classes = classes_in_data(subject, images)
         if judge is not None and classes is None:
-            raise ValueError(f"{subject.name}: its classes are not those of {images.name}, which samples are judged by: "
-                             "evaluate it on its own data")
+            raise ValueError(f"{subject.name}: its classes are not those of {images.name}, which samples are judged "
+                             "by: evaluate it on its own data")
         for setting in tqdm(settings(subject, args), desc=subject.name, unit="row"):
             if not results.has(subject, setting):
                 row, shown = measure(subject, setting, reference, features, judge, classes, args)
