@@ -444,6 +444,17 @@ def test_narrow_bases(inside, name):
         assert found[f"adapter {dtype}"] <= max(2 * found[f"plain {dtype}"], 1e-3) and found[f"adapter {dtype}"] < limit
 
 
+def test_gguf(tiny, inside):
+    """A Q8_0 base through ComfyUI-GGUF, which lies beside the repository: no further from float32 than the plain base twice."""
+    pack = ROOT.parent / "ComfyUI-GGUF"
+    if not pack.is_dir() or "gmflux2_tiny" not in tiny.info["TinyBase"]["input"]["required"]["name"][0]:
+        pytest.skip("ComfyUI-GGUF does not lie beside the repository, or this ComfyUI does not know FLUX.1 in a tiny size")
+    tiny.env["GGUF_PACK"] = str(pack)
+    found = inside("gguf", "gmflux_tiny")
+    assert found.pop("class") == "GGUFModelPatcher" and found["plain"] < 0.02
+    assert all(error <= 2.5 * found["plain"] for error in found.values())
+
+
 @families
 def test_compiled(inside, name):
     assert all(inside("compiled", name)["same"])
