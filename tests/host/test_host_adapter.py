@@ -289,6 +289,33 @@ def test_core_cfg_with_a_negative(model, name, solver):
     assert (three - none).abs().mean() > 0.01
 
 
+WORKFLOWS = {"text_to_image_flux1": "gmflux_tiny", "text_to_image_qwen": "gmqwen_tiny", "text_to_image_flux2": "gmflux2_tiny",
+             "what_flux_is_undecided_about": "gmflux_tiny"}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_the_workflows_run(model, workflow):
+    """The committed API file with a tiny base, a stored text and colours in the place of its loaders, on a small latent."""
+    tiny = model(WORKFLOWS[workflow])
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{workflow}.json").read_text(encoding="utf-8"))
+    for node in prompt.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "UNETLoader":
+            node |= {"class_type": "TinyBase", "inputs": {"name": tiny.name, "dtype": "float32"}}
+        elif kind == "CLIPTextEncode":
+            node |= {"class_type": "TinyText", "inputs": {"name": tiny.name, "row": 0}}
+        elif kind == "VAELoader":
+            node |= {"class_type": "TinyVAE", "inputs": {}}
+        elif kind == "GMFlowApplyAdapter":
+            inputs["adapter_name"] = f"{tiny.name}.safetensors"
+        elif "width" in inputs:
+            inputs |= {"width": 128, "height": 192}
+    prompt = {key: node for key, node in prompt.items() if "CLIPLoader" not in node["class_type"]}
+    result = tiny.host.done(prompt)
+    saved = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    assert saved and all(result.outputs[key]["images"] for key in saved)
+
+
 # ---- what is said ------------------------------------------------------------------------------------------
 
 
