@@ -68,7 +68,7 @@ Press **Run**: ten digits, one for each class.
 """, size=(340, 400))
     group, model, positive, negative, latent = start(flow, "0-9", 10)
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampler = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+    sampler = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
                        latent_image=latent, seed=1, guidance=0.3)
     group = flow.group("To an image", right_of=group, color=PURPLE)
     images = enlarge(flow, sampler["latent"], pixels(flow))
@@ -111,7 +111,7 @@ Its **end_percent** 0.5 guides only the first half.
         title = f"Probabilistic guidance {scale or '0: none'}"
         row = flow.group(title, across=True,
                          **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
-        sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive,
+        sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive,
                            latent_image=latent, seed=7, steps=8, guidance=scale)
         look(title, f"probabilistic_{scale}", sampled["latent"])
 
@@ -199,7 +199,7 @@ and GM-ODE gives every pixel a pure ink of its own.
         row = flow.group("GMFlow KSampler" if ours else f"Core KSampler: {name}", across=True,
                          color=GREEN if ours else PURPLE, **beside)
         if ours:
-            sampled = flow.add("GMFlowKSampler", size=(300, 350), guidance=0.3, **column)
+            sampled = flow.add("GMFlowKSampler", size=(300, 400), guidance=0.3, **column)
         else:
             sampled = flow.add("KSampler", size=(300, 290), cfg=1.5, sampler_name=name, scheduler="simple",
                                denoise=1.0, **column)
@@ -235,7 +235,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
 
     source = flow.group("1  Paint threes", right_of=first, gap=80, color=GREEN)
     classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="3")
-    threes = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"], latent_image=latent,
+    threes = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"], latent_image=latent,
                       seed=5, guidance=0.3)["latent"]
     images = enlarge(flow, threes, pixels(flow))
     flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
@@ -244,7 +244,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
         row = flow.group(title, across=True, color=PURPLE, **group)
         classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
         start = threes if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=threes, mask=mask).out
-        latents = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+        latents = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
                            latent_image=start, seed=5, guidance=0.3, **settings)["latent"]
         images = enlarge(flow, latents, pixels(flow))
         flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
@@ -281,7 +281,7 @@ Changing only an inspector samples no new image.
 """, size=(340, 560))
     group, model, positive, negative, latent = start(flow, "3", 1)
     group = flow.group("Sample", right_of=group, color=BROWN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=positive, negative=negative,
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
                        latent_image=latent, seed=2, steps=8, guidance=0.3)
     images = enlarge(flow, sampled["latent"], pixels(flow))
     flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
@@ -330,7 +330,7 @@ Download the [whole repository]({repo}) and make one file of it: *python -m gmfl
         {"name": vae_file, "url": f"{vae_repo}/resolve/main/{vae_file}", "directory": "vae"},
     ]).out
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 350), model=model, positive=classes["positive"],
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
                        negative=classes["negative"], latent_image=latent, seed=42, steps=8, guidance=0.45)
     flow.group("Decode and save", right_of=group, across=True, color=PURPLE)
     images = flow.add("VAEDecode", samples=sampled["latent"], vae=vae, size=(220, 60)).out
