@@ -43,7 +43,7 @@ class Hint:
             raise ValueError("evidence: this model paints RGB pixels; leave vae of GMFlow Hint open")
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
-        size = tuple(x.shape[-2:])
+        size = (x.shape[-2], x.shape[-1])
         if self.latents is not None:
             picture = enter(self.latents)
             if picture.shape[1:] != x.shape[1:]:
@@ -66,7 +66,7 @@ class SmallPicture:
         _rgb_only(info, "a small picture")
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
-        return small_picture(repeated(self.image, len(x)), tuple(x.shape[-2:]), self.std)
+        return small_picture(repeated(self.image, len(x)), (x.shape[-2], x.shape[-1]), self.std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Chosen:
         in_colour(self.centre, (1, 1), self.std, self.what)
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
-        return in_colour(self.centre, tuple(x.shape[-2:]), self.std, self.what)
+        return in_colour(self.centre, (x.shape[-2], x.shape[-1]), self.std, self.what)
 
 
 @dataclass(frozen=True, eq=False)

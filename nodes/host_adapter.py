@@ -12,6 +12,7 @@ from contextvars import ContextVar
 
 import comfy.model_base
 import comfy.model_sampling
+import comfy.utils
 import comfy.weight_adapter
 import folder_paths
 import torch
@@ -220,9 +221,19 @@ def adapter_path(name: str) -> str:
     return path
 
 
-def check_base(model, adapter: Adapter, weights: dict[str, Tensor]) -> Seam:
-    """Where the adapter sits in this model, whose tensors are ``weights``;
-    ValueError if that is no base of its family."""
+def weight_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights. As the layers tell them: a state dict has GGUF's packed blocks."""
+    found = {}
+    for key in model.model_state_dict(NETWORK):
+        try:
+            found[key] = tuple(comfy.utils.get_attr(model.model, key).shape)
+        except AttributeError:  # a loader's own entry that no layer has, as GGUF's for temporary memory
+            continue
+    return found
+
+
+def check_base(model, adapter: Adapter, weights: dict[str, tuple[int, ...]]) -> Seam:
+    """Where the adapter sits in this model, of these weights; ValueError if that is no base of its family."""
     family, seam, kind = adapter.family, SEAMS[adapter.family.name], type(model.model).__name__
     head, modulation = (weights.get(f"{NETWORK}{name}.weight") for name in (seam.head, seam.modulation))
     if head is None or modulation is None:
@@ -232,10 +243,10 @@ def check_base(model, adapter: Adapter, weights: dict[str, Tensor]) -> Seam:
         raise ValueError(f"model: {what} no layers {seam.modulation} and {seam.head}, which a {family.name} adapter "
                          f"replaces; load {family.name} with Load Diffusion Model, Load Checkpoint or a GGUF loader")
     outputs, width = family.channels * PATCH**2, adapter.width
-    if tuple(head.shape) != (outputs, width) or tuple(modulation.shape) != (2 * width, width):
-        raise ValueError(f"model: this {kind} model's last layers are {tuple(modulation.shape)} and "
-                         f"{tuple(head.shape)}; the adapter is for {family.name} of hidden size {width}, where they "
-                         f"are {(2 * width, width)} and {(outputs, width)}")
+    if head != (outputs, width) or modulation != (2 * width, width):
+        raise ValueError(f"model: this {kind} model's last layers are {modulation} and {head}; the adapter is for "
+                         f"{family.name} of hidden size {width}, where they are {(2 * width, width)} and "
+                         f"{(outputs, width)}")
     axes = model.model.latent_format.latent_dimensions
     if axes != seam.axes:
         raise ValueError(f"model: a {kind} model paints latents of {axes} axes, "
@@ -243,7 +254,7 @@ def check_base(model, adapter: Adapter, weights: dict[str, Tensor]) -> Seam:
     return seam
 
 
-def lora_patches(adapter: Adapter, weights: dict[str, Tensor]) -> dict:
+def lora_patches(adapter: Adapter, weights: dict[str, tuple[int, ...]]) -> dict:
     """The adapter's LoRA as ComfyUI's weight patches; ValueError if the base lacks a module or has it in another
     shape."""
     patches, lacking, misfits = {}, [], []
@@ -253,9 +264,9 @@ def lora_patches(adapter: Adapter, weights: dict[str, Tensor]) -> dict:
         if key not in weights:
             lacking.append(module)
             continue
-        rows, columns = weights[key].shape
-        if (b.shape[0], a.shape[1]) != (part[1] if part else rows, columns) or (part and sum(part) > rows):
-            misfits.append(f"{module} {(b.shape[0], a.shape[1])} in {name} {(rows, columns)}")
+        rows, *columns = weights[key]
+        if (b.shape[0], a.shape[1]) != (part[1] if part else rows, *columns) or (part and sum(part) > rows):
+            misfits.append(f"{module} {(b.shape[0], a.shape[1])} in {name} {weights[key]}")
         patch = comfy.weight_adapter.LoRAAdapter(set(), (b, a, None, None, None, None))
         patches[(key, (0, *part)) if part else key] = patch
     for what, names in (("lacks modules that the adapter's LoRA changes", lacking),
@@ -278,7 +289,7 @@ def apply_adapter(model, path: str, strength: float):
         adapter = load_adapter(path)
     except CheckpointError as error:
         raise ValueError(f"adapter_name: {error}") from None  # the page shows the type, and ours has a long name
-    weights = model.model_state_dict(NETWORK)
+    weights = weight_shapes(model)
     seam = check_base(model, adapter, weights)
     patches = lora_patches(adapter, weights)
     info, patched = AdapterInfo.of(adapter), model.clone()

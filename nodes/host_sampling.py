@@ -26,7 +26,7 @@ from ..gmflow_core.echo import posteriors_given
 from ..gmflow_core.sampler import SamplerOptions
 from .capture import CAPTURE, Capture, capturing, followed, gather, guided_by_mean, placed, shifted
 from .evidence_source import EVIDENCE, EvidenceSource, Placed, evidence_in
-from .guidance import Guidance
+from .guidance import Guidance, nearest_cfg
 from .host import GMFlowModel, known, require_gmflow
 from .model_info import ModelInfo, check_size, null_conditioning
 from .patches import replacing_cfg
@@ -55,7 +55,7 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         options, info = {} if model_options is None else model_options, model_info(self)
         capture = Capture(info.enter(x), timestep)
-        acts = self.guidance.acts_at(capture.sigma)
+        acts = self.guidance.acts_at(float(timestep.flatten()[0]))
         if self.guidance.vanilla:
             return comfy.samplers.sampling_function(
                 self.inner_model, x, timestep, self.conds.get("negative"), self.conds["positive"],
@@ -88,8 +88,8 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
         mean = info.leave(guided.posterior.mean())
         with placed(options, "sampler_cfg_function", lambda args: x - mean):  # in place: they keep state in the options
             patched = comfy.samplers.cfg_function(
-                self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0],
-                uncond=conds[-1],
+                self.inner_model, means[0], means[-1], nearest_cfg(mean, means[0], means[-1]), x, timestep,
+                model_options=options, cond=conds[0], uncond=conds[-1],
             )
         return shifted(guided, info.enter(patched))
 
@@ -120,7 +120,7 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
                 last.extend(means)
             return found
 
-        return posteriors_given(given, ask, capture.x, capture.sigma), last
+        return posteriors_given(given, ask, capture.x, float(timestep.flatten()[0])), last
 
 
 def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
@@ -191,8 +191,7 @@ def watching(denoiser: HostDenoiser) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions):
-    """GM-ODE or GM-SDE as ComfyUI calls a sampler: its latent at sigmas[0] to that at the last;
-    ``model`` wraps a guider."""
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler, from its latent at sigmas[0]; ``model`` wraps a guider."""
     denoiser = HostDenoiser(model, extra_args or {}, model_info(model.inner_model), sigmas)
     interrupt = comfy.model_management.throw_exception_if_processing_interrupted
     with watching(denoiser):

@@ -146,7 +146,7 @@ def test_the_snapshot_is_small_and_holds_what_is_used():
     assert INFO.keys() == {node["class_type"] for name in NAMES for node in api(name).values()}
     assert SNAPSHOT.stat().st_size < 40_000
     for node, key in LISTED:
-        assert len(options(inputs_of(INFO[node])[key][0])) < 5
+        assert len(options(inputs_of(INFO[node])[key][0])) < 8
 
 
 def test_named_files_and_classes_exist_or_are_offered():
@@ -231,8 +231,8 @@ def crossings(page) -> int:
     )
 
 
-# 117 and 17 with one VAE loader for all rows
-@pytest.mark.parametrize("name, most", [("guidance_sweep", 70), ("inpaint_and_img2img", 12)])
+# 117 and 17 with one VAE loader for all rows and latents that pass through rows
+@pytest.mark.parametrize("name, most", [("guidance_sweep", 52), ("inpaint_and_img2img", 12)])
 def test_few_links_cross(name, most):
     assert crossings(ui(name)) <= most
 

@@ -9,7 +9,9 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -69,9 +71,11 @@ class Ask(comfy.samplers.CFGGuider):
         self.answer = None
 
         def sampler(model, noise, sigmas, extra_args=None, callback=None, disable=None):
-            found = capture.Capture()
-            options = capture.with_capture(extra_args["model_options"], found)
-            denoised = self(x, sigma.expand(len(x)), model_options=options)
+            options, timestep = extra_args["model_options"], sigma.expand(len(x))
+            info = self.model_patcher.get_attachment("gmflow")
+            found = capture.Capture(x if info is None else info.enter(x), timestep)
+            with capture.capturing(options, found):
+                denoised = self(x, timestep, model_options=options)
             packed = [found.packed.get(cond["uuid"]) for cond in self.conds["positive"]]
             self.answer = denoised.clone(), None if packed[0] is None else packed[0].clone()
             return noise
@@ -209,6 +213,46 @@ def dtypes() -> dict:
     return found
 
 
+def gguf() -> dict:
+    """A Q8_0 base through ComfyUI-GGUF: rms relative difference from float32, with the adapter, with a LoRA too, and plain."""
+    import gguf as format_
+    import numpy as np
+
+    pack = Path(os.environ["GGUF_PACK"])
+    spec = importlib.util.spec_from_file_location("gguf_pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
+    module = sys.modules["gguf_pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "base.gguf"
+        writer = format_.GGUFWriter(str(path), "flux")
+        kinds = format_.GGMLQuantizationType
+        for key, value in tiny.state_dict(NAME).items():
+            kind = kinds.Q8_0 if value.ndim == 2 and value.shape[1] % 32 == 0 else kinds.F32
+            writer.add_tensor(key, format_.quants.quantize(value.numpy().astype(np.float32), kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        import folder_paths
+
+        folder_paths.add_model_folder_path("unet_gguf", folder)
+        folder_paths.add_model_folder_path("unet", folder)
+        folder_paths.add_model_folder_path("diffusion_models", folder)
+        base = module.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("base.gguf")[0]
+        lora = user_lora([BOTH])
+        exact = tiny.base(NAME)
+        pairs = {
+            "plain": (base, exact), "adapter": (adapted(base), adapted(exact)),
+            "lora after": (with_lora(adapted(base), lora), with_lora(adapted(exact), lora)),
+            "lora before": (adapted(with_lora(base, lora)), adapted(with_lora(exact, lora))),
+        }
+        found = {"class": type(base).__name__}
+        for name, (narrow, wide) in pairs.items():
+            got, expected = ask(narrow)[0].float(), ask(wide)[0]
+            found[name] = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
+    return found
+
+
 def compiled() -> dict:
     """TorchCompileModel's wrapper, eager backend: the same, mean and mixture."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -291,6 +335,6 @@ def message(function, *args) -> str:
     return "no error"
 
 
-TASKS = (mixtures, alternating, loras, hooks, dtypes, compiled, guidance, shapes, low_memory, unreachable)
+TASKS = (mixtures, alternating, loras, hooks, dtypes, gguf, compiled, guidance, shapes, low_memory, unreachable)
 assert core
 print(json.dumps({task.__name__: task for task in TASKS}[TASK]()))

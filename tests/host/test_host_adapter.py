@@ -289,6 +289,33 @@ def test_core_cfg_with_a_negative(model, name, solver):
     assert (three - none).abs().mean() > 0.01
 
 
+WORKFLOWS = {"text_to_image_flux1": "gmflux_tiny", "text_to_image_qwen": "gmqwen_tiny", "text_to_image_flux2": "gmflux2_tiny",
+             "what_flux_is_undecided_about": "gmflux_tiny"}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_the_workflows_run(model, workflow):
+    """The committed API file with a tiny base, a stored text and colours in the place of its loaders, on a small latent."""
+    tiny = model(WORKFLOWS[workflow])
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{workflow}.json").read_text(encoding="utf-8"))
+    for node in prompt.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "UNETLoader":
+            node |= {"class_type": "TinyBase", "inputs": {"name": tiny.name, "dtype": "float32"}}
+        elif kind == "CLIPTextEncode":
+            node |= {"class_type": "TinyText", "inputs": {"name": tiny.name, "row": 0}}
+        elif kind == "VAELoader":
+            node |= {"class_type": "TinyVAE", "inputs": {}}
+        elif kind == "GMFlowApplyAdapter":
+            inputs["adapter_name"] = f"{tiny.name}.safetensors"
+        elif "width" in inputs:
+            inputs |= {"width": 128, "height": 192}
+    prompt = {key: node for key, node in prompt.items() if "CLIPLoader" not in node["class_type"]}
+    result = tiny.host.done(prompt)
+    saved = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    assert saved and all(result.outputs[key]["images"] for key in saved)
+
+
 # ---- what is said ------------------------------------------------------------------------------------------
 
 
@@ -443,6 +470,17 @@ def test_narrow_bases(inside, name):
     found = inside("dtypes", name)
     for dtype, limit in (("torch.bfloat16", 0.01), ("torch.float8_e4m3fn", 0.15)):
         assert found[f"adapter {dtype}"] <= max(2 * found[f"plain {dtype}"], 1e-3) and found[f"adapter {dtype}"] < limit
+
+
+def test_gguf(tiny, inside):
+    """A Q8_0 base through ComfyUI-GGUF, which lies beside the repository: no further from float32 than the plain base twice."""
+    pack = ROOT.parent / "ComfyUI-GGUF"
+    if not pack.is_dir() or "gmflux2_tiny" not in tiny.info["TinyBase"]["input"]["required"]["name"][0]:
+        pytest.skip("ComfyUI-GGUF does not lie beside the repository, or this ComfyUI does not know FLUX.1 in a tiny size")
+    tiny.env["GGUF_PACK"] = str(pack)
+    found = inside("gguf", "gmflux_tiny")
+    assert found.pop("class") == "GGUFModelPatcher" and found["plain"] < 0.02
+    assert all(error <= 2.5 * found["plain"] for error in found.values())
 
 
 @families
