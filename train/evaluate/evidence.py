@@ -106,7 +106,7 @@ def run_choice(method: str, checkpoint, truth: Truth, noise: Tensor, args, guida
             wanted = dominant_inks((2 * full / full.max() - 1).reshape(1, 3, 1, 1))
             images.append(x), labels.append(truth.labels[one]), hits.append(dominant_inks(x) == wanted)
     share = torch.cat(hits).float().mean().item()
-    return torch.cat(images), torch.cat(labels), {"ink": share, "rmse": float("nan"), "hidden": float("nan")}
+    return torch.cat(images), torch.cat(labels), {"ink": share}  # there is no truth to fit
 
 
 # ---- the sweep ---------------------------------------------------------------------------------
@@ -155,9 +155,10 @@ def sweep(args: argparse.Namespace) -> list[dict]:
 def line(row: dict) -> str:
     """A row of the table."""
     percent = lambda name: f"{100 * row[name]:.1f}"  # noqa: E731
-    cells = [row["task"], row["method"], f"{row['guidance']:g}", row["steps"], row["calls"], f"{row['rmse']:.3f}",
+    rms = lambda name: f"{row[name]:.3f}" if name in row else "-"  # noqa: E731
+    cells = [row["task"], row["method"], f"{row['guidance']:g}", row["steps"], row["calls"], rms("rmse"),
              percent("read"), percent("one_ink"), percent("ink"), f"{row['precision']:.2f}", f"{row['recall']:.2f}",
-             f"{row['hidden']:.3f}"]
+             rms("hidden")]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
