@@ -1,4 +1,4 @@
-"""The evaluation of evidence: its operators against their definitions, its methods against the known answer of a Gaussian."""
+"""The evaluation of evidence: its operators against their definitions, its tasks against what digits are."""
 
 import pytest
 import torch
