@@ -30,7 +30,8 @@ def joined(previous, part) -> EvidenceSource:
 
 def require_evidence(evidence, name: str) -> EvidenceSource:
     if not isinstance(evidence, EvidenceSource):
-        raise ValueError(f"{name}: got a {type(evidence).__name__}; connect GMFlow Hint, GMFlow Small Picture or GMFlow Choose")
+        raise ValueError(f"{name}: got a {type(evidence).__name__}; connect GMFlow Hint, GMFlow Small Picture or "
+                         f"GMFlow Choose")
     return evidence
 
 
@@ -44,15 +45,21 @@ class GMFlowHint(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "GMFlowHint", "GMFlow Hint",
-            "Paint what you know of the image: a few pixels, a part of it, a sketch, or its brightness; the model does the rest.",
+            "Paint what you know of the image: a few pixels, a part of it, a sketch, or its brightness; the model "
+            "does the rest.",
             [
-                io.Image.Input("image", tooltip="The picture that says it, of the image's shape; it is resized to the image's size."),
+                io.Image.Input("image", tooltip="The picture that says it, of the image's shape; it is resized to "
+                                                "the image's size."),
                 io.Combo.Input("kind", options=list(KINDS), default=KINDS[0],
-                               tooltip="colour: the pixels as they are. hue: their colour in any brightness. brightness: the mean of red, green "
+                               tooltip="colour: the pixels as they are. hue: their colour in any brightness. "
+                                       "brightness: the mean of red, green "
                                        "and blue alone, to colour a grey picture."),
-                io.Float.Input("std", default=0.05, min=0.005, max=4.0, step=0.005, round=0.001, tooltip=STD + " 0.05 keeps painted pixels, 0.3 to 1 is for sketches."),
-                io.Mask.Input("mask", optional=True, tooltip="Where the picture is known; grey values weaken it. Without one, everywhere."),
-                io.Vae.Input("vae", optional=True, tooltip="Of a model that paints latents (experimental, kind colour only). RGB models need none."),
+                io.Float.Input("std", default=0.05, min=0.005, max=4.0, step=0.005, round=0.001,
+                               tooltip=STD + " 0.05 keeps painted pixels, 0.3 to 1 is for sketches."),
+                io.Mask.Input("mask", optional=True,
+                              tooltip="Where the picture is known; grey values weaken it. Without one, everywhere."),
+                io.Vae.Input("vae", optional=True, tooltip="Of a model that paints latents (experimental, kind "
+                                                           "colour only). RGB models need none."),
                 GMEvidence.Input("previous", optional=True, tooltip=PREVIOUS),
             ],
             [GMEvidence.Output(display_name="evidence", tooltip=OUTPUT)],
@@ -66,7 +73,8 @@ class GMFlowHint(io.ComfyNode):
         latents = None
         if vae is not None:
             if kind != "colour":
-                raise ValueError(f"kind: {kind} is for models of RGB pixels; with a vae only colour works, for latents are no colours")
+                raise ValueError(f"kind: {kind} is for models of RGB pixels; with a vae only colour works, for "
+                                 f"latents are no colours")
             latents = host_sampling.encode(vae, image)
         part = Hint(picture, mask_for(picture, mask), kind, std, latents)
         return io.NodeOutput(joined(previous, part))
@@ -79,7 +87,8 @@ class GMFlowSmallPicture(io.ComfyNode):
             "GMFlowSmallPicture", "GMFlow Small Picture",
             "A small picture of the image: the model paints what it would be when made larger.",
             [
-                io.Image.Input("image", tooltip="The image's height and width must be one whole multiple of the picture's."),
+                io.Image.Input("image", tooltip="The image's height and width must be one whole multiple of the "
+                                                "picture's."),
                 io.Float.Input("std", default=0.02, min=0.005, max=4.0, step=0.005, round=0.001, tooltip=STD),
                 GMEvidence.Input("previous", optional=True, tooltip=PREVIOUS),
             ],
@@ -100,13 +109,18 @@ class GMFlowChoose(io.ComfyNode):
             "GMFlowChoose", "GMFlow Choose",
             "Ask for one of the hypotheses that GMFlow Inspector shows: the image in that hypothesis' colour.",
             [
-                GMTrace.Input("trace", tooltip="Of a run that was undecided, from GMFlow KSampler or GMFlow Sampler Custom."),
-                io.Int.Input("step", default=0, min=-10_000, max=10_000, tooltip="Of which network step, from 0; -1 is the last."),
+                GMTrace.Input("trace", tooltip="Of a run that was undecided, from GMFlow KSampler or GMFlow Sampler "
+                                               "Custom."),
+                io.Int.Input("step", default=0, min=-10_000, max=10_000,
+                             tooltip="Of which network step, from 0; -1 is the last."),
                 io.Int.Input("image", default=0, min=0, max=4095, tooltip="Of which image of the batch, from 0."),
-                io.Int.Input("hypothesis", default=1, min=1, max=64, tooltip="Its number in the inspector's pictures (order aligned), from 1."),
+                io.Int.Input("hypothesis", default=1, min=1, max=64,
+                             tooltip="Its number in the inspector's pictures (order aligned), from 1."),
                 io.Float.Input("strength", default=1.0, min=0.05, max=100.0, step=0.05, round=0.01,
-                               tooltip="1 asks, 5 insists: the colour may be off by 1 / strength, in units of the model's [-1, 1]."),
-                advanced(io.Int.Input("max_components", default=8, min=1, max=64, tooltip="As in the inspector, whose numbers depend on it.")),
+                               tooltip="1 asks, 5 insists: the colour may be off by 1 / strength, in units of the "
+                                       "model's [-1, 1]."),
+                advanced(io.Int.Input("max_components", default=8, min=1, max=64,
+                                      tooltip="As in the inspector, whose numbers depend on it.")),
                 GMEvidence.Input("previous", optional=True, tooltip=PREVIOUS),
             ],
             [GMEvidence.Output(display_name="evidence", tooltip=OUTPUT)],
@@ -116,22 +130,27 @@ class GMFlowChoose(io.ComfyNode):
     @classmethod
     def execute(cls, trace, step, image, hypothesis, strength, max_components=8, previous=None) -> io.NodeOutput:
         if not isinstance(trace, TraceSource):
-            raise ValueError(f"trace: got a {type(trace).__name__}; connect the trace of GMFlow KSampler or GMFlow Sampler Custom")
+            raise ValueError(f"trace: got a {type(trace).__name__}; connect the trace of GMFlow KSampler or GMFlow "
+                             f"Sampler Custom")
         check_std(strength, "strength")
-        part = Chosen(chosen_centre(trace.trace(), step, image, hypothesis, max_components), 1 / strength, f"hypothesis {hypothesis}")
+        centre = chosen_centre(trace.trace(), step, image, hypothesis, max_components)
+        part = Chosen(centre, 1 / strength, f"hypothesis {hypothesis}")
         part.check(host.require_gmflow(trace.model))
         return io.NodeOutput(joined(previous, part))
 
 
 def chosen_centre(trace, step: int, image: int, number: int, count: int) -> torch.Tensor:
-    """The mean colour (C,) of a hypothesis at a step, over the image; numbers begin with 1. ValueError if there is none."""
+    """The mean colour (C,) of a hypothesis at a step, over the image; numbers begin with 1. ValueError if there is "
+      "none."""
     centres = first_regions(trace, image, count)                                # (1,n,C)
     if not 1 <= number <= centres.shape[1]:
-        raise ValueError(f"hypothesis: got {number}; this trace has hypotheses 1 to {centres.shape[1]} (max_components {count})")
+        raise ValueError(f"hypothesis: got {number}; this trace has hypotheses 1 to {centres.shape[1]} "
+                         f"(max_components {count})")
     merged = hypotheses(pick(trace, step, image).corrected, centres.shape[1], centres)
     weights = merged.weights[0, number - 1]                                     # (1,H,W)
     if float(weights.sum()) < 1e-3:
-        raise ValueError(f"hypothesis: {number} has no weight left at step {step}; choose an earlier step, or another one")
+        raise ValueError(f"hypothesis: {number} has no weight left at step {step}; choose an earlier step, or "
+                         f"another one")
     return (weights * merged.means[0, number - 1]).sum((-2, -1)) / weights.sum()
 
 
@@ -145,17 +164,22 @@ class GMFlowApplyEvidence(io.ComfyNode):
                 io.Model.Input("model", tooltip="A GMFlow model. Evidence that it already has stays."),
                 GMEvidence.Input("evidence", tooltip="From GMFlow Hint, GMFlow Small Picture or GMFlow Choose."),
                 io.Boolean.Input("propagate", default=True,
-                                 tooltip="Let it change the other pixels too: one more network call a step (with guidance two). Off is enough for grey and "
+                                 tooltip="Let it change the other pixels too: one more network call a step (with "
+                                         "guidance two). Off is enough for grey and "
                                          "small pictures. In core samplers with core guiders nothing propagates."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001,
-                               tooltip="Where propagation ends, of the whole way; 0.2 for rough sketches, which then only set the direction."),
+                               tooltip="Where propagation ends, of the whole way; 0.2 for rough sketches, which then "
+                                       "only set the direction."),
                 advanced(io.Float.Input("limit", default=3.0, min=0.1, max=100.0, step=0.1, round=0.01,
-                                        tooltip="How far the network's input may be shifted, in standard deviations of its noise.")),
+                                        tooltip="How far the network's input may be shifted, in standard deviations "
+                                                "of its noise.")),
             ],
-            [io.Model.Output(tooltip="For every sampler. GMFlow's own samplers and guider use all of it; core guiders are weaker, core samplers weakest.")],
+            [io.Model.Output(tooltip="For every sampler. GMFlow's own samplers and guider use all of it; core "
+                                     "guiders are weaker, core samplers weakest.")],
             search_aliases=["gmflow", "evidence", "hint", "condition", "posterior sampling"],
         )
 
     @classmethod
     def execute(cls, model, evidence, propagate, end_percent, limit=3.0) -> io.NodeOutput:
-        return io.NodeOutput(host_sampling.with_evidence(model, require_evidence(evidence, "evidence"), propagate, end_percent, limit))
+        source = require_evidence(evidence, "evidence")
+        return io.NodeOutput(host_sampling.with_evidence(model, source, propagate, end_percent, limit))

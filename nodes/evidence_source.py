@@ -37,7 +37,8 @@ class Hint:
 
     def check(self, info: Info) -> None:
         if self.latents is None and not paints_rgb(info):
-            raise ValueError("evidence: this model paints latents, and the hint is a picture; connect the model's vae to GMFlow Hint")
+            raise ValueError("evidence: this model paints latents, and the hint is a picture; connect the model's "
+                             "vae to GMFlow Hint")
         if self.latents is not None and paints_rgb(info):
             raise ValueError("evidence: this model paints RGB pixels; leave vae of GMFlow Hint open")
 
@@ -46,7 +47,8 @@ class Hint:
         if self.latents is not None:
             picture = enter(self.latents)
             if picture.shape[1:] != x.shape[1:]:
-                raise ValueError(f"evidence: the encoded hint is of shape {tuple(picture.shape[1:])}, the latent of {tuple(x.shape[1:])}; "
+                raise ValueError(f"evidence: the encoded hint is of shape {tuple(picture.shape[1:])}, the latent of "
+                                 f"{tuple(x.shape[1:])}; "
                                  "make the picture as large as the image, and encode it with this model's vae")
             return hint(repeated(picture, len(x)), repeated(least(self.mask, size), len(x)), self.kind, self.std)
         picture, mask = fitted(self.image, self.mask, size)
@@ -115,7 +117,8 @@ class Placed:
         key = (*x.shape, until)
         if key not in self._known:
             enter = lambda latent: info.enter(model.process_latent_in(latent))  # noqa: E731
-            self._known[key] = Conditioned(self.source.at(x.cpu(), enter), self.propagate, self.limit, min(max(until, 0.0), 1.0))
+            found, until = self.source.at(x.cpu(), enter), min(max(until, 0.0), 1.0)
+            self._known[key] = Conditioned(found, self.propagate, self.limit, until)
         return self._known[key]
 
 
@@ -132,7 +135,8 @@ def paints_rgb(info: Info) -> bool:
 
 def _rgb_only(info: Info, what: str) -> None:
     if not paints_rgb(info):
-        raise ValueError(f"evidence: {what} is about RGB pixels, and this model paints latents, which are no colours; use a hint of kind colour")
+        raise ValueError(f"evidence: {what} is about RGB pixels, and this model paints latents, which are no "
+                         f"colours; use a hint of kind colour")
 
 
 def from_images(images: Tensor) -> Tensor:
@@ -151,7 +155,8 @@ def mask_for(image: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError("mask: it holds NaN or infinite values; the node that made it failed")
     if mask.shape[-2:] != image.shape[-2:]:
         if not bool(mask.any()):
-            raise ValueError("mask: nothing is painted: it is 0 everywhere (an image without transparency brings such a mask)")
+            raise ValueError("mask: nothing is painted: it is 0 everywhere (an image without transparency brings "
+                             "such a mask)")
         raise ValueError(f"mask: {mask.shape[-1]} x {mask.shape[-2]} pixels (width x height) beside an image of "
                          f"{image.shape[-1]} x {image.shape[-2]}; give both one size")
     if not bool((mask > 0).any()):
@@ -160,7 +165,8 @@ def mask_for(image: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def fitted(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Picture and mask at a size (H, W), averaged over areas: what is not painted lends no colour. ValueError for another shape."""
+    """Picture and mask at a size (H, W), averaged over areas: what is not painted lends no colour. ValueError for "
+      "another shape."""
     height, width = image.shape[-2:]
     if (height, width) == tuple(size):
         return image, mask

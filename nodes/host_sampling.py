@@ -79,7 +79,8 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
         if evidence is None:
             posteriors, means = self.posteriors(roles, x, timestep, options, capture)
         else:
-            posteriors, means = self.given(evidence.given(capture.x, self.inner_model, info), roles, timestep, options, capture)
+            given = evidence.given(capture.x, self.inner_model, info)
+            posteriors, means = self.given(given, roles, timestep, options, capture)
         cond = posteriors[0]
         guided = self.guidance(*posteriors) if len(posteriors) == 2 else guided_by_mean(cond, cond.mean())
         if not options.get("sampler_post_cfg_function"):
@@ -102,7 +103,9 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
             for cond, role, mean in zip(conds, roles, means, strict=True)
         ], list(means)
 
-    def given(self, given: Conditioned, roles: list[str], timestep, options: dict, capture: Capture) -> tuple[list, list]:
+    def given(
+        self, given: Conditioned, roles: list[str], timestep, options: dict, capture: Capture
+    ) -> tuple[list, list]:
         """Likewise, given evidence: asked at one x for all roles, and again at each its own."""
         info, last = model_info(self), []
 
@@ -161,7 +164,8 @@ def with_evidence(model, source: EvidenceSource, propagate: bool, end_percent: f
 
 
 def tilted_mean(executor, x, timestep, model_options=None, seed=None, **kwargs):
-    """What a core sampler gets of a core guider on a MODEL with evidence: the tilted mixture's mean. Nothing propagates."""
+    """What a core sampler gets of a core guider on a MODEL with evidence: the tilted mixture's mean. Nothing "
+      "propagates."""
     options, guider = {} if model_options is None else model_options, executor.class_obj
     evidence, watchers = evidence_in(options), guider.model_options.get("transformer_options", {}).get("wrappers", {})
     if evidence is None or getattr(guider, "uses_evidence", False) or CAPTURE in watchers.get(PREDICT_NOISE, {}):

@@ -115,7 +115,7 @@ class HostDenoiser:
 
     def blend(self, x: Tensor, out: Tensor, capture: Capture, mean: Tensor) -> Blend | None:
         """What turns the guider's mean into ``out``; with a mask m its weight is m, so that known pixels stay known."""
-        mask, out = self.mask(out, capture.sigma), self.info.enter(out)
+        mask, out = self.mask(out, float(capture.sigma)), self.info.enter(out)  # the solver's: one for all images
         if mask is not None:
             mask = self.info.enter(mask)
             return Blend(mask, out - mask * mean, capture.x)

@@ -304,13 +304,13 @@ def paint_a_hint(flow: Flow) -> None:
 Ten digits, the same noise twice. Above: as the model likes. Below: **one pixel** of each is said to be magenta, \
 and the whole digit follows.
 
-**GMFlow Hint** takes a picture and a mask of where it is known. **GMFlow Apply Evidence** makes a model that paints what \
-agrees with it. No training, no gradients: the hint re-weights the mixture, and an *echo*, one more call of the network a \
-step, carries it to the other pixels.
+**GMFlow Hint** takes a picture and a mask of where it is known. **GMFlow Apply Evidence** makes a model that paints \
+what agrees with it. No training, no gradients: the hint re-weights the mixture, and an *echo*, one more call of the \
+network a step, carries it to the other pixels.
 
 ### Paint it yourself
-Put *Load Image* for the two nodes *The colour* and *The pixel* (its image and its mask): *Open in Mask Editor* in its menu \
-paints the mask. Newer versions have a *Painter* node for both. Any size of the image's shape will do.
+Put *Load Image* for the two nodes *The colour* and *The pixel* (its image and its mask): *Open in Mask Editor* in its \
+menu paints the mask. Newer versions have a *Painter* node for both. Any size of the image's shape will do.
 
 ### Try
 - **propagate** off: only the pixel itself is asked for, and it gets lost.
@@ -341,10 +341,11 @@ def choose_a_hypothesis(flow: Flow) -> None:
     flow.note("""
 # Look at the choices, take another one
 
-Before the first step the model has not decided on an ink: **GMFlow Inspector** shows its hypotheses, each with a number.
+Before the first step the model has not decided on an ink: **GMFlow Inspector** shows its hypotheses, each with \
+a number.
 
-**GMFlow Choose** takes one of them by its number and asks for its colour; the same noise then becomes the same digit in \
-that ink.
+**GMFlow Choose** takes one of them by its number and asks for its colour; the same noise then becomes the same digit \
+in that ink.
 
 ### Try
 - **hypothesis**: the other numbers of the panel. The background has no colour, and the node says so.
@@ -359,7 +360,8 @@ that ink.
     flow.add("SaveImage", "As the model likes", size=(300, 370), images=enlarge(flow, sampled["latent"], vae),
              filename_prefix="gmflow/choose/first")
     look = flow.group("The choices at step 0", right_of=first, color=PURPLE)
-    flow.add("GMFlowInspector", "Hypotheses at step 0", size=(620, 830), trace=sampled["trace"], step=0, view="components")
+    flow.add("GMFlowInspector", "Hypotheses at step 0", size=(620, 830), trace=sampled["trace"], step=0,
+             view="components")
     ask = flow.group("Take another one", right_of=look, color=BROWN)
     chosen = flow.add("GMFlowChoose", trace=sampled["trace"], step=0, hypothesis=CHOSEN).out
     other = flow.add("GMFlowApplyEvidence", model=model, evidence=chosen).out

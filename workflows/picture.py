@@ -61,7 +61,8 @@ def compose(found: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     panels = [(title, images[0]) for title, images in found if images[0].width > 256]
     if panels:
         cell = (WIDTH - GAP) // 2
-        shown = panels if len(panels) > 1 else [(title, images[0]) for title, images in found]  # one panel, and what came of it
+        # One panel alone is shown with what came of it.
+        shown = panels if len(panels) > 1 else [(title, images[0]) for title, images in found]
         drawn = [captioned(title, tiled([image], 1, cell)) for title, image in shown]
         return padded(tiled(drawn, 2, WIDTH))
     if len(found) == 1:

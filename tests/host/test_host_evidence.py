@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import assert_same
 from PIL import Image
-from test_host_gm import assert_same, checkpoint, core_noise  # noqa: F401
+from test_host_numbers import checkpoint, core_noise  # noqa: F401
 
 from gmflow_core import (
     Conditioned,
@@ -29,8 +30,8 @@ SECOND = SecondOrder(tilt=SECOND_ORDER_TILT)
 
 @pytest.fixture
 def painted(host):
-    """``painted(pixels, size)``: the names of pictures in the input folder: an RGBA one, transparent where painted as the mask
-    editor leaves it, and its size."""
+    """``painted(pixels, size)``: the name of a picture in the input folder, transparent where painted, as the mask
+    editor leaves it."""
     def paint(pixels, size=(16, 16), name="hint.png"):
         image = Image.new("RGBA", size, (0, 0, 0, 255))
         for place, colour in pixels.items():
@@ -68,7 +69,8 @@ def test_a_hint_is_the_core_package_s(digits, painted, checkpoint, guidance, pro
     given = Conditioned(hint(*mask_and_picture(MAGENTA), "colour", 0.05), propagate)
     denoiser = GMDenoiser(checkpoint.model, torch.tensor([0, 3, 7]), guidance, tilt=GUIDANCE_TILT, evidence=given)
     with torch.no_grad():
-        expected = sample_gm_ode(denoiser, core_noise(3, 11), flow_sigmas(5), substeps=default_substeps(5), second_order=SECOND)
+        expected = sample_gm_ode(denoiser, core_noise(3, 11), flow_sigmas(5),
+                                 substeps=default_substeps(5), second_order=SECOND)
     assert_same(found, expected)
     if propagate:  # the digits are in the ink of their one painted pixel
         assert dominant_inks(found).tolist() == [list(INKS).index("magenta")] * 3
@@ -97,7 +99,8 @@ def test_a_core_guider_conditions_afterwards(digits, painted, checkpoint):  # no
     given = hint(*mask_and_picture(MAGENTA), "colour", 0.05)
     denoiser = condition(GMDenoiser(checkpoint.model, torch.tensor([2, 2])), given)
     with torch.no_grad():
-        expected = sample_gm_ode(denoiser, core_noise(2, 0), flow_sigmas(4), substeps=default_substeps(4), second_order=SECOND)
+        expected = sample_gm_ode(denoiser, core_noise(2, 0), flow_sigmas(4),
+                                 substeps=default_substeps(4), second_order=SECOND)
     assert_same(found, expected)
 
 
@@ -111,12 +114,13 @@ def test_a_core_sampler_gets_the_tilted_mean(digits, painted, checkpoint):  # no
     picture, mask = mask_and_picture(MAGENTA)
     x, grid = core_noise(2, 0), flow_sigmas(4).tolist()
     with torch.no_grad():
-        for s, t in zip(grid, grid[1:]):
+        for s, t in zip(grid, grid[1:], strict=False):
             m = GMDenoiser(checkpoint.model, torch.tensor([2, 2]))(x, s).posterior
-            v, precision = m.var, mask / 0.05**2
-            w = (m.log_weights + ((precision * picture).unsqueeze(1) * m.means - 0.5 * precision.unsqueeze(1) * m.means**2
-                                  ).sum(2, keepdim=True) / (1 + precision * v).unsqueeze(1)).softmax(1)
-            mean = (w * (m.means + v.unsqueeze(1) * (precision * picture).unsqueeze(1)) / (1 + precision * v).unsqueeze(1)).sum(1)
+            precision, means = mask / 0.05**2, m.means
+            h, grow = (precision * picture).unsqueeze(1), (1 + precision * m.var).unsqueeze(1)
+            exponent = (h * means - 0.5 * precision.unsqueeze(1) * means**2).sum(2, keepdim=True) / grow
+            w = (m.log_weights + exponent).softmax(1)
+            mean = (w * (means + m.var.unsqueeze(1) * h) / grow).sum(1)
             x = mean + (x - mean) * (t / s)
     assert_same(found, x)
 
@@ -140,11 +144,13 @@ def test_exactness_and_propagation_together(digits, painted, checkpoint):  # noq
     image = g.add("LoadImage", image=name)
     model = hinted(g, name)
     pixel = g.add("VAELoader", vae_name="pixel_space")
-    latent = g.add("SetLatentNoiseMask", samples=g.add("VAEEncode", pixels=image, vae=pixel), mask=g.add("InvertMask", mask=image.out(1)))
+    encoded, free = g.add("VAEEncode", pixels=image, vae=pixel), g.add("InvertMask", mask=image.out(1))
+    latent = g.add("SetLatentNoiseMask", samples=encoded, mask=free)
     found = g.latents(g.gm(model=model, latent_image=latent, guidance=0.3, steps=4, seed=3))
     picture, mask = mask_and_picture(pixels)
     noise = core_noise(1, 3)
-    denoiser = GMDenoiser(checkpoint.model, torch.tensor([5]), 0.3, tilt=GUIDANCE_TILT, evidence=hint(picture, mask, "colour", 0.05))
+    evidence = hint(picture, mask, "colour", 0.05)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([5]), 0.3, tilt=GUIDANCE_TILT, evidence=evidence)
     with torch.no_grad():
         expected = sample_gm_ode(denoiser, noise, flow_sigmas(4), substeps=default_substeps(4), second_order=SECOND,
                                  inpaint=Inpaint(1 - mask, picture, noise))
@@ -170,7 +176,8 @@ def test_small_pictures_and_more_evidence(digits, painted, host, checkpoint):  #
     evidence = small_picture(picture, (16, 16), 0.02) + hint(*mask_and_picture(MAGENTA), "colour", 0.05)
     denoiser = GMDenoiser(checkpoint.model, torch.tensor([8, 8]), 0.3, tilt=GUIDANCE_TILT, evidence=evidence)
     with torch.no_grad():
-        expected = sample_gm_ode(denoiser, core_noise(2, 0), flow_sigmas(3), substeps=default_substeps(3), second_order=SECOND)
+        expected = sample_gm_ode(denoiser, core_noise(2, 0), flow_sigmas(3),
+                                 substeps=default_substeps(3), second_order=SECOND)
     assert_same(a, expected)
 
 
@@ -182,13 +189,14 @@ def test_larger_pictures_are_averaged_and_batches_repeat(digits, painted, checkp
     picture, mask = mask_and_picture(MAGENTA)
     denoiser = GMDenoiser(checkpoint.model, torch.tensor([1, 1, 1]), evidence=hint(picture, 0.5 * mask, "colour", 0.05))
     with torch.no_grad():
-        expected = sample_gm_ode(denoiser, core_noise(3, 0), flow_sigmas(3), substeps=default_substeps(3), second_order=SECOND)
+        expected = sample_gm_ode(denoiser, core_noise(3, 0), flow_sigmas(3),
+                                 substeps=default_substeps(3), second_order=SECOND)
     assert_same(found, expected)
 
 
 def test_a_chosen_hypothesis_is_painted(digits, host):
-    """Of an undecided first step, every hypothesis that has a colour can be asked for, and most are painted in it; the numbers
-    are the inspector's."""
+    """Of an undecided first step, every hypothesis that has a colour can be asked for, and most are painted in it; the
+    numbers are the inspector's."""
     painted, asked = 0, 0
     for number in range(1, 9):
         g = digits(batch=1, labels="0")
