@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..gmflow_core import Guided, Mixture, guide_probabilistic
 from ..gmflow_core.guidance import PUBLISHED_SCALE, check_guidance, check_tilt
 from ..gmflow_core.sampler import GUIDANCE_TILT
@@ -47,3 +49,13 @@ class Guidance:
     def __call__(self, cond: Mixture, uncond: Mixture) -> Guided:
         """The probabilistic method's guided posterior."""
         return guide_probabilistic(cond, uncond, self.scale, self.orthogonal, self.tilt)
+
+
+def nearest_cfg(mean: Tensor, cond: Tensor, uncond: Tensor) -> float:
+    """The CFG scale s whose uncond + s (cond - uncond) lies nearest to a guided mean; 1 where the two agree.
+
+    What patches that read a CFG scale are told when guidance is of another kind.
+    """
+    direction = cond - uncond
+    length = float(direction.square().sum())
+    return 1 + float(((mean - cond) * direction).sum()) / length if length > 0 else 1.0

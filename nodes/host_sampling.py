@@ -26,7 +26,7 @@ from ..gmflow_core.echo import posteriors_given
 from ..gmflow_core.sampler import SamplerOptions
 from .capture import CAPTURE, Capture, capturing, followed, gather, guided_by_mean, placed, shifted
 from .evidence_source import EVIDENCE, EvidenceSource, Placed, evidence_in
-from .guidance import Guidance
+from .guidance import Guidance, nearest_cfg
 from .host import GMFlowModel, known, require_gmflow
 from .model_info import ModelInfo, check_size, null_conditioning
 from .patches import replacing_cfg
@@ -87,8 +87,8 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
         mean = info.leave(guided.posterior.mean())
         with placed(options, "sampler_cfg_function", lambda args: x - mean):  # in place: they keep state in the options
             patched = comfy.samplers.cfg_function(
-                self.inner_model, means[0], means[-1], 1.0, x, timestep, model_options=options, cond=conds[0],
-                uncond=conds[-1],
+                self.inner_model, means[0], means[-1], nearest_cfg(mean, means[0], means[-1]), x, timestep,
+                model_options=options, cond=conds[0], uncond=conds[-1],
             )
         return shifted(guided, info.enter(patched))
 

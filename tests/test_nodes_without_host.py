@@ -142,6 +142,14 @@ def test_when_guidance_acts(pack):
     assert not Guidance(0.5, method="vanilla CFG", cfg_scale=1.0).acts_at(0.5)
 
 
+def test_the_nearest_cfg_scale_of_a_guided_mean(pack, rng):
+    """Of a mean that CFG made it is CFG's own; across the line it does not count; without a direction it is 1."""
+    nearest, (cond, uncond, other) = pack("nodes.guidance").nearest_cfg, torch.randn(3, 2, 3, 4, 4, generator=rng)
+    across = other - (cond - uncond) * ((other * (cond - uncond)).sum() / (cond - uncond).square().sum())
+    assert nearest(uncond + 2.5 * (cond - uncond) + across, cond, uncond) == pytest.approx(2.5, abs=1e-5)
+    assert nearest(other, cond, cond) == 1
+
+
 @pytest.mark.parametrize("settings, message", [
     (dict(scale=1.0), r"in \[0, 1\), got 1.0"), (dict(scale=-0.1), "got -0.1"), (dict(scale=float("nan")), "got nan"),
     (dict(orthogonal=2.0), "orthogonal"), (dict(method="cfg"), "method must be one of"),

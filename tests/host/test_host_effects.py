@@ -38,7 +38,7 @@ MIXED = GM | {("euler", "probabilistic")}  # the cells that read mixtures
 ROWS = [
     # ---- the core's ----
     Row("RescaleCFG", warned=True), Row("RenormCFG", {"cfg_trunc": 100.0}, warned=True, batch=1),
-    Row("CFGZeroStar", warned=True), Row("APG", warned=True), Row("TCFG", warned=True), Row("Mahiro"),
+    Row("CFGZeroStar"), Row("APG", warned=True), Row("TCFG", warned=True), Row("Mahiro"),
     Row("CFGNorm", {"strength": 0.5}), Row("CFGOverride", {"cfg": 5.0, "start_percent": 0.0, "end_percent": 1.0},
                                            warned=True), Row("Epsilon Scaling", {"scaling_factor": 1.05}),
     Row("EasyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0}, batch=1,

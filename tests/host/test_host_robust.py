@@ -82,14 +82,14 @@ def test_a_saved_model_is_the_same(host, digits):
             torch.testing.assert_close(a, plain, atol=1e-4, rtol=0)
 
 
-def test_older_saves_say_what_is_missing(host, digits):
-    state = load_file(BUNDLED)
-    state = {f"model.diffusion_model.{key}": value for key, value in state.items() if not key.startswith("spectrum.")}
+def test_older_saves_load_and_say_what_is_missing(host, digits):
+    """Saved before the model described itself: recognised by its names; what they cannot tell is assumed aloud."""
+    state = {f"model.diffusion_model.{key}": value for key, value in load_file(BUNDLED).items()
+             if not key.startswith("spectrum.")}
     save_file(state, host.models / "older.safetensors")
     g = digits(batch=1, labels="1", model_name="older.safetensors")
-    host.save(g.graph, g.gm(steps=1))
-    message = host.refused(g.graph)
-    assert "without its number of attention heads" in message and "config.json beside it" in message
+    assert g.latents(g.gm(steps=1)).isfinite().all()
+    assert "assumed: a config.json beside the file would tell" in host.log()
 
 
 # ---- caches ------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_cancelling_does_not_wait_for_the_substeps(host, digits):
     result = host.wait(prompt_id)
     taken = time.monotonic() - start
     print(f"CANCEL {host.version}: {taken:.2f} s")
-    assert result.interrupted and taken < 2, "0.2 s where nothing else runs"
+    assert result.interrupted and taken < 5, "0.1 s where nothing else runs; 20 s without"
 
 
 # ---- numbers that are none ---------------------------------------------------------------------
