@@ -187,8 +187,7 @@ def watching(denoiser: HostDenoiser) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_gm(model, x, sigmas, extra_args=None, callback=None, disable=None, *, options: SamplerOptions):
-    """GM-ODE or GM-SDE as ComfyUI calls a sampler: its latent at sigmas[0] to that at the last;
-    ``model`` wraps a guider."""
+    """GM-ODE or GM-SDE as ComfyUI calls a sampler, from its latent at sigmas[0]; ``model`` wraps a guider."""
     denoiser = HostDenoiser(model, extra_args or {}, model_info(model.inner_model), sigmas)
     interrupt = comfy.model_management.throw_exception_if_processing_interrupted
     with watching(denoiser):

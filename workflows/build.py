@@ -113,7 +113,7 @@ Its **end_percent** 0.5 guides only the first half.
         title = f"Probabilistic guidance {scale or '0: none'}"
         row = flow.group(title, across=True,
                          **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
-        sampled = flow.add("GMFlowKSampler", size=(548, 400), model=model, positive=positive,
+        sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive,
                            latent_image=latent, seed=7, steps=8, guidance=scale)
         look(title, f"probabilistic_{scale}", sampled["latent"])
 
@@ -124,9 +124,9 @@ Its **end_percent** 0.5 guides only the first half.
     for scale in (1.5, 4.0):
         title = f"Vanilla CFG {scale:g}"
         row = flow.group(title, below=row, across=True, color=PURPLE)
-        guider = flow.add("GMFlowGuider", size=(280, 250), show_advanced=True, model=model, positive=positive,
+        guider = flow.add("GMFlowGuider", size=(300, 250), show_advanced=True, model=model, positive=positive,
                           method="vanilla CFG", cfg_scale=scale).out
-        sampled = flow.add("SamplerCustomAdvanced", size=(280, 130), under=True, noise=noise, guider=guider, sampler=sampler,
+        sampled = flow.add("SamplerCustomAdvanced", size=(300, 130), under=True, noise=noise, guider=guider, sampler=sampler,
                            sigmas=sigmas, latent_image=latent)
         look(title, f"vanilla_{scale}", sampled["output"])
 
