@@ -90,13 +90,14 @@ def gather(
     ``who`` needs it, as the message says.
     """
     found = [cond for cond in conds if cond["uuid"] in capture.packed]
-    if not found:
-        raise ValueError(f"{role}: {who} needs the mixture of the whole image, but {_absent(capture, model_options)}")
-    if any("area" in cond or "mask" in cond for cond in found):
+    parts = found or (conds if capture.parts is not None else [])
+    if any("area" in cond or "mask" in cond for cond in parts):
         raise ValueError(
             f"{role}: {who} takes conditionings of the whole image; remove the area or mask, "
             "or use a core guider with a core sampler"
         )
+    if not found:
+        raise ValueError(f"{role}: {who} needs the mixture of the whole image, but {_absent(capture, model_options)}")
     packed = [capture.packed[cond["uuid"]].to(capture.x.device) for cond in found]
     velocities = [unpack_mixture(output, info.components) for output in packed]
     posteriors = [velocity_to_posterior(velocity, capture.x, capture.sigma) for velocity in velocities]

@@ -5,9 +5,12 @@ import torch
 from conftest import assert_same
 from test_host_basics import BUNDLED
 
-from gmflow_core import GMDenoiser, flow_sigmas, load_checkpoint, sample_gm_ode, sample_gm_sde
+from gmflow_core import GMDenoiser, SecondOrder, flow_sigmas, load_checkpoint, sample_gm_ode, sample_gm_sde
 from gmflow_core.noise import ImageNoise
+from gmflow_core.sampler import SECOND_ORDER_TILT
 from gmflow_core.schedule import default_substeps
+
+NODES = SecondOrder(tilt=SECOND_ORDER_TILT)  # the nodes' default
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,8 @@ def test_gm_ode_is_the_core_package_s(digits, checkpoint, guidance, order):
     found = g.latents(g.gm(guidance=guidance, order=order, steps=6, seed=11))
     denoiser = GMDenoiser(checkpoint.model, torch.tensor([0, 3, 7, 9]), guidance)
     with torch.no_grad():
-        expected = sample_gm_ode(denoiser, core_noise(4, 11), flow_sigmas(6), order=order, substeps=default_substeps(6))
+        expected = sample_gm_ode(denoiser, core_noise(4, 11), flow_sigmas(6), order=order, substeps=default_substeps(6),
+                                 second_order=NODES)
     assert_same(found, expected)
 
 
@@ -40,7 +44,7 @@ def test_gm_sde_is_the_core_package_s(digits, checkpoint, guidance):
     with torch.no_grad():
         expected = sample_gm_sde(
             denoiser, core_noise(2, 11), flow_sigmas(4), spectrum=checkpoint.spectrum,
-            noise_sampler=ImageNoise(11, range(2), (3, 16, 16), torch.device("cpu")),
+            noise_sampler=ImageNoise(11, range(2), (3, 16, 16), torch.device("cpu")), second_order=NODES,
         )
     assert_same(found, expected)
 
@@ -52,7 +56,7 @@ def test_shift_and_denoise_are_the_core_package_s(digits, checkpoint):
     with torch.no_grad():  # from an empty image, which is all zeros
         expected = sample_gm_ode(
             GMDenoiser(checkpoint.model, torch.tensor([5, 5]), 0.3, 0.4), core_noise(2, 4) * sigmas[0], sigmas,
-            substeps=5, shift=2.5
+            substeps=5, shift=2.5, second_order=NODES
         )
     assert_same(found, expected)
 
