@@ -42,7 +42,7 @@ class Hint:
             raise ValueError("evidence: this model paints RGB pixels; leave vae of GMFlow Hint open")
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
-        size = tuple(x.shape[-2:])
+        size = (x.shape[-2], x.shape[-1])
         if self.latents is not None:
             picture = enter(self.latents)
             if picture.shape[1:] != x.shape[1:]:
@@ -64,7 +64,7 @@ class SmallPicture:
         _rgb_only(info, "a small picture")
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
-        return small_picture(repeated(self.image, len(x)), tuple(x.shape[-2:]), self.std)
+        return small_picture(repeated(self.image, len(x)), (x.shape[-2], x.shape[-1]), self.std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class Chosen:
         in_colour(self.centre, (1, 1), self.std, self.what)
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
-        return in_colour(self.centre, tuple(x.shape[-2:]), self.std, self.what)
+        return in_colour(self.centre, (x.shape[-2], x.shape[-1]), self.std, self.what)
 
 
 @dataclass(frozen=True, eq=False)

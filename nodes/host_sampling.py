@@ -55,7 +55,7 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         options, info = {} if model_options is None else model_options, model_info(self)
         capture = Capture(info.enter(x), timestep)
-        acts = self.guidance.acts_at(capture.sigma)
+        acts = self.guidance.acts_at(float(timestep.flatten()[0]))
         if self.guidance.vanilla:
             return comfy.samplers.sampling_function(
                 self.inner_model, x, timestep, self.conds.get("negative"), self.conds["positive"],
@@ -117,7 +117,7 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
                 last.extend(means)
             return found
 
-        return posteriors_given(given, ask, capture.x, capture.sigma), last
+        return posteriors_given(given, ask, capture.x, float(timestep.flatten()[0])), last
 
 
 def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:

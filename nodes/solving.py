@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..gmflow_core import Conditioned, Guided, Mixture, SpectrumMLP, unguided
-from ..gmflow_core.echo import posteriors_given
+from ..gmflow_core.echo import Sigma, posteriors_given
 from ..gmflow_core.guidance import Blend
 from ..gmflow_core.noise import ImageNoise
 from ..gmflow_core.sampler import SamplerOptions, sample
@@ -122,14 +122,15 @@ class HostDenoiser:
         untouched = torch.equal(out, mean) and torch.equal(x, capture.x)
         return None if untouched else Blend(1.0, out - mean, capture.x)
 
-    def mask(self, like: Tensor, sigma: float) -> Tensor | None:
+    def mask(self, like: Tensor, sigma: Sigma) -> Tensor | None:
         """The noise mask, of the latent's shape; it may depend on sigma (Differential Diffusion)."""
         mask, function = self.extra_args.get("denoise_mask"), self.model_options.get("denoise_mask_function")
         if mask is None:
             return None
         if function is not None:
             options = {"model": self.guider, "sigmas": self.sigmas}
-            mask = function(like.new_full((len(like),), sigma), mask, extra_options=options)
+            levels = torch.as_tensor(sigma, dtype=like.dtype, device=like.device).expand(len(like))
+            mask = function(levels, mask, extra_options=options)
         return mask.expand_as(like)
 
 

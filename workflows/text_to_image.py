@@ -136,7 +136,7 @@ def paint(flow: Flow, base: Base, title: str) -> None:
 """, size=(500, 560))
     group, model, text, latent, vae = start(flow, base, "a red fox in the snow, a small wooden sign says GMFlow")
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 380), model=model, positive=text, latent_image=latent, seed=42,
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=text, latent_image=latent, seed=42,
                        steps=base.steps, guidance=0.0, order=1)
     flow.group("Decode and save", right_of=group, across=True, color=PURPLE)
     images = flow.add("VAEDecode", samples=sampled["latent"], vae=vae, size=(220, 60)).out
@@ -166,7 +166,7 @@ def what_flux_is_undecided_about(flow: Flow) -> None:
 """, size=(500, 600))
     group, model, text, latent, vae = start(flow, FLUX1, "an animal on a chair")
     group = flow.group("Sample", right_of=group, color=GREEN)
-    sampled = flow.add("GMFlowKSampler", size=(300, 380), model=model, positive=text, latent_image=latent, seed=42,
+    sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=text, latent_image=latent, seed=42,
                        steps=4, guidance=0.0, order=1)
     flow.group("Look inside", right_of=group, across=True, color=PURPLE)
     for view, step in (("components", 0), ("entropy", 0)):

@@ -7,7 +7,16 @@ import torch
 from PIL import Image
 from test_host_gm import assert_same, checkpoint, core_noise  # noqa: F401
 
-from gmflow_core import Conditioned, GMDenoiser, Inpaint, SecondOrder, condition, flow_sigmas, sample_gm_ode, sample_gm_sde
+from gmflow_core import (
+    Conditioned,
+    GMDenoiser,
+    Inpaint,
+    SecondOrder,
+    condition,
+    flow_sigmas,
+    sample_gm_ode,
+    sample_gm_sde,
+)
 from gmflow_core.hints import hint, small_picture
 from gmflow_core.noise import ImageNoise
 from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
