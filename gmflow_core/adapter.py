@@ -84,7 +84,7 @@ class MixtureHeads:
         return MixtureHeads(self.means.to(*args, **kwargs), self.log_weights.to(*args, **kwargs), log_stds)
 
     def tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity means (B,L,K,C,p p) and normalised log weights (B,L,K,1,p p) of the modulated hidden state (B,L,D)."""
+        """Velocity means (B,L,K,C,p p) and normalised log weights (B,L,K,1,p p) of a modulated hidden state (B,L,D)."""
         shape = hidden.shape[:-1] + (self.components, -1, PATCH**2)
         return self.means(hidden).reshape(shape), self.log_weights(hidden).reshape(shape).log_softmax(dim=-3)
 
@@ -113,7 +113,7 @@ def pack_tokens(means: Tensor, log_weights: Tensor, log_std: Tensor, rows: int, 
 
 
 def unpack_channels(x: Tensor) -> Tensor:
-    """(B, C p p, H, W), FLUX.2's latent, to (B, C, p H, p W), the space of its mixture: channel (c p + row) p + column."""
+    """FLUX.2's latent (B, C p p, H, W) in the space of its mixture, (B, C, p H, p W); channel (c p + row) p + column."""
     return F.pixel_shuffle(x, PATCH)
 
 
@@ -145,8 +145,8 @@ class Adapter:
 
     def __str__(self) -> str:
         ranks = sorted({a.shape[0] for a, _ in self.lora.values()})
-        return (f"{self.family.name} adapter, K = {self.heads.components}, C = {self.family.channels}, hidden size {self.width}, "
-                f"{len(self.lora)} LoRA modules of rank {', '.join(map(str, ranks))}")
+        return (f"{self.family.name} adapter, K = {self.heads.components}, C = {self.family.channels}, "
+                f"hidden size {self.width}, {len(self.lora)} LoRA modules of rank {', '.join(map(str, ranks))}")
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -155,7 +155,8 @@ def load_adapter(path) -> Adapter:
     """Read an adapter; CheckpointError for every other file, in one line that says what it is."""
     path = Path(path)
     if not is_safetensors(path):
-        raise CheckpointError(f"{path}: not an adapter: it looks like {looks_like(read_head(path))}; adapters are .safetensors files")
+        raise CheckpointError(f"{path}: not an adapter: it looks like {looks_like(read_head(path))}; "
+                              "adapters are .safetensors files")
     state, metadata = read_safetensors(path)
     state = {key.removeprefix("transformer."): value for key, value in state.items()}
     _check_kind(state, metadata, path)
@@ -186,7 +187,8 @@ def _check_kind(state: State, metadata: dict[str, str], path: Path) -> None:
     """CheckpointError that names what the file is, if it is no adapter with mixture heads."""
     what = _foreign(state, metadata, path)
     if what is not None:
-        raise CheckpointError(f"{path}: {what}; GMFlow Apply Adapter takes the gmflux, gmqwen and gmflux2 files of pi-Flow")
+        raise CheckpointError(f"{path}: {what}; "
+                              "GMFlow Apply Adapter takes the gmflux, gmqwen and gmflux2 files of pi-Flow")
 
 
 def _foreign(state: State, metadata: dict[str, str], path: Path) -> str | None:
@@ -218,7 +220,8 @@ def _policy(metadata: dict[str, str], path: Path):
     try:
         return json.loads(metadata["policy_config"])["type"]
     except (ValueError, RecursionError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: its metadata policy_config names no type ({type(error).__name__}: {one_line(error)}); "
+        raise CheckpointError(f"{path}: its metadata policy_config names no type "
+                              f"({type(error).__name__}: {one_line(error)}); "
                               'an adapter has {"type": "GMFlow"}') from error
 
 
@@ -238,7 +241,8 @@ def _split(state: State, path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], 
     pairs = {}
     for module, pair in halves.items():
         if len(pair) < 2:
-            raise CheckpointError(f"{path}: {module}.lora_{'B' if 'A' in pair else 'A'}.weight is missing beside its partner")
+            absent = "B" if "A" in pair else "A"
+            raise CheckpointError(f"{path}: {module}.lora_{absent}.weight is missing beside its partner")
         a, b = pair["A"], pair["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise CheckpointError(f"{path}: {module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} "
@@ -253,8 +257,10 @@ def _family(modules: Iterable[str], path: Path) -> Family:
     found = [family for family in FAMILIES if any(re.match(family.modules, module) for module in modules)]
     if len(found) != 1:
         names = " and ".join(family.name for family in found)
-        what = f"its LoRA modules are those of {names} at once" if found else (
-            f"its LoRA modules ({', '.join(modules[:3])}) are those of no base that is known" if modules else "it has no LoRA pairs")
+        what = "it has no LoRA pairs"
+        if modules:
+            what = f"its LoRA modules are those of {names} at once" if found else (
+                f"its LoRA modules ({', '.join(modules[:3])}) are those of no base that is known")
         raise CheckpointError(f"{path}: {what}; adapters exist for {', '.join(family.name for family in FAMILIES)}")
     return found[0]
 
@@ -266,12 +272,14 @@ def _heads(layers: State, family: Family, path: Path) -> tuple[MixtureHeads, Lin
     modulation = _linear(layers, "norm_out.linear", path, bias=not family.packed)
     stds, last = [], len([key for key in layers if key.startswith("proj_out_logstds.") and key.endswith(".weight")])
     if not last:
-        raise CheckpointError(f"{path}: proj_out_logstds is missing: a model of constant deviation, whose value the file does not tell")
+        raise CheckpointError(f"{path}: proj_out_logstds is missing: a model of constant deviation, "
+                              "whose value the file does not tell")
     for index in range(last):
         stds.append(_linear(layers, f"proj_out_logstds.{2 * index + 1}", path))
     if layers:
-        raise CheckpointError(f"{path}: {len(layers)} unknown keys, {', '.join(list(layers)[:4])}; an adapter holds LoRA pairs, "
-                              "proj_out_means, proj_out_logweights, proj_out_logstds and norm_out.linear")
+        raise CheckpointError(f"{path}: {len(layers)} unknown keys, {', '.join(list(layers)[:4])}; "
+                              "an adapter holds LoRA pairs, proj_out_means, proj_out_logweights, proj_out_logstds "
+                              "and norm_out.linear")
     rows, width = weights.weight.shape
     _check_rows(path, "proj_out_logweights", weights, (max(1, rows // PATCH**2) * PATCH**2, width))
     _check_rows(path, "proj_out_means", means, (rows * family.channels, width))

@@ -50,9 +50,9 @@ class SamplerOptions:
 
 
 def temperatures(sigmas: Sequence[float], temperature: float = 0.0) -> list[float]:
-    r"""pi-Flow's temperature of each of N steps: ``temperature``, or min(1, 0.1 (N - 1)) where that is 0; 1 in the step to sigma 0.
+    r"""pi-Flow's temperature of each of N steps: ``temperature``, or min(1, 0.1 (N - 1)) where that is 0.
 
-    With one step alone it is 1.
+    It is 1 in the step that ends at sigma 0, and with one step alone.
     """
     steps = len(sigmas) - 1
     temperature = temperature or min(1.0, 0.1 * (steps - 1)) or 1.0

@@ -70,7 +70,9 @@ def substep_sigmas(sigma: float, sigma_next: float, substeps: int, shift: float 
     return [sigma, *inner, sigma_next]
 
 
-def training_sigmas(draws: Tensor, distribution: str, shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def training_sigmas(
+    draws: Tensor, distribution: str, shift: float = 1.0, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
     r"""Map injected draws (B,) to training sigmas (B,) in [1e-7, 1].
 
     ``logit-normal``: sigma = shift(sigmoid(mean + std z)), z ~ N(0, 1) (images);

@@ -115,8 +115,8 @@ def modulation_for(adapter: Adapter) -> Linear:
     """The adapter's modulation in the base's order: Qwen-Image's is that of the file, FLUX's the other way round."""
     if adapter.family.scale_first:
         return adapter.modulation
-    turned = [None if t is None else torch.cat(t.chunk(2)[::-1]) for t in (adapter.modulation.weight, adapter.modulation.bias)]
-    return Linear(*turned)
+    weight, bias = adapter.modulation.weight, adapter.modulation.bias
+    return Linear(*(None if t is None else torch.cat(t.chunk(2)[::-1]) for t in (weight, bias)))
 
 
 class AdapterSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -165,7 +165,7 @@ def capture_mixture(info: AdapterInfo):
 
 
 def supply_guidance(info: AdapterInfo):
-    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding for conditionings that name none, a warning for others."""
+    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding where a conditioning names none, a warning at others."""
 
     def wrapper(executor, *args, **kwargs):
         conds = [cond for group in executor.class_obj.conds.values() for cond in group]
@@ -174,8 +174,9 @@ def supply_guidance(info: AdapterInfo):
         others = {cond["guidance"] for cond in conds} - {info.family.guidance}
         if others:
             log.warning(
-                f"GMFlow Apply Adapter: a conditioning asks for guidance {', '.join(map(str, others))}, and {info.family.name} adapters "
-                f"know only {info.family.guidance}: the picture will be noise; remove that FluxGuidance, or set it to {info.family.guidance}"
+                f"GMFlow Apply Adapter: a conditioning asks for guidance {', '.join(map(str, others))}, and "
+                f"{info.family.name} adapters know only {info.family.guidance}: the picture will be noise; "
+                f"remove that FluxGuidance, or set it to {info.family.guidance}"
             )
         return executor(*args, **kwargs)
 
@@ -189,11 +190,12 @@ def tell_changes(keys: tuple[str, ...]):
         hooked = [key for patches in patcher.hook_patches.values() for key in patches]
         ignored = [key for key in keys if key in patcher.patches or key in hooked]
         if ignored:
-            log.warning(f"GMFlow Apply Adapter: a LoRA's part for {', '.join(ignored)} is ignored: the adapter replaces these layers")
+            log.warning(f"GMFlow Apply Adapter: a LoRA's part for {', '.join(ignored)} is ignored: "
+                        "the adapter replaces these layers")
         sampling = patcher.get_model_object("model_sampling")
         if not isinstance(sampling, AdapterSampling):
-            log.warning(f"GMFlow Apply Adapter: a {type(sampling).__name__} node after it samples with shift {shift_of(sampling):.4g} "
-                        f"instead of the adapter's {SHIFT}")
+            log.warning(f"GMFlow Apply Adapter: a {type(sampling).__name__} node after it samples with shift "
+                        f"{shift_of(sampling):.4g} instead of the adapter's {SHIFT}")
 
     return callback
 
@@ -208,8 +210,8 @@ def adapter_path(name: str) -> str:
     """ValueError for a file that is not there (any more)."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise ValueError(f"adapter_name: there is no {name!r} in {folder_paths.get_folder_paths(FOLDER)[0]}; put an adapter there "
-                         "and refresh the page, or choose another one of the list")
+        raise ValueError(f"adapter_name: there is no {name!r} in {folder_paths.get_folder_paths(FOLDER)[0]}; "
+                         "put an adapter there and refresh the page, or choose another one of the list")
     return path
 
 
@@ -232,20 +234,22 @@ def check_base(model, adapter: Adapter, weights: dict[str, tuple[int, ...]]) -> 
         network = type(model.model.diffusion_model)
         name = f"{network.__module__}.{network.__name__}".lower()
         what = next((title for word, title in UNREACHABLE.items() if word in name), f"this {kind} model has")
-        raise ValueError(f"model: {what} no layers {seam.modulation} and {seam.head}, which a {family.name} adapter replaces; "
-                         f"load {family.name} with Load Diffusion Model, Load Checkpoint or a GGUF loader")
+        raise ValueError(f"model: {what} no layers {seam.modulation} and {seam.head}, which a {family.name} adapter "
+                         f"replaces; load {family.name} with Load Diffusion Model, Load Checkpoint or a GGUF loader")
     outputs, width = family.channels * PATCH**2, adapter.width
     if head != (outputs, width) or modulation != (2 * width, width):
-        raise ValueError(f"model: this {kind} model's last layers are {modulation} and {head}; the adapter is for {family.name} "
-                         f"of hidden size {width}, where they are {(2 * width, width)} and {(outputs, width)}")
+        raise ValueError(f"model: this {kind} model's last layers are {modulation} and {head}; the adapter is for "
+                         f"{family.name} of hidden size {width}, where they are {(2 * width, width)} and "
+                         f"{(outputs, width)}")
     axes = model.model.latent_format.latent_dimensions
     if axes != seam.axes:
-        raise ValueError(f"model: a {kind} model paints latents of {axes} axes, and the adapter is for {family.name}, of {seam.axes}")
+        raise ValueError(f"model: a {kind} model paints latents of {axes} axes, and the adapter is for "
+                         f"{family.name}, of {seam.axes}")
     return seam
 
 
 def lora_patches(adapter: Adapter, weights: dict[str, tuple[int, ...]]) -> dict:
-    """The adapter's LoRA as ComfyUI's weight patches; ValueError if the base lacks a module or has it in another shape."""
+    """The adapter's LoRA as ComfyUI's weight patches; ValueError if the base lacks a module, or its shape differs."""
     patches, lacking, misfits = {}, [], []
     for module, (a, b) in adapter.lora.items():
         name, part = host_module(adapter.family, module, adapter.width) or (module, None)
@@ -258,9 +262,11 @@ def lora_patches(adapter: Adapter, weights: dict[str, tuple[int, ...]]) -> dict:
             misfits.append(f"{module} {(b.shape[0], a.shape[1])} in {name} {weights[key]}")
         patch = comfy.weight_adapter.LoRAAdapter(set(), (b, a, None, None, None, None))
         patches[(key, (0, *part)) if part else key] = patch
-    for what, names in (("lacks modules that the adapter's LoRA changes", lacking), ("has them in another shape", misfits)):
+    faults = (("lacks modules that the adapter's LoRA changes", lacking), ("has them in another shape", misfits))
+    for what, names in faults:
         if names:
-            raise ValueError(f"model: it {what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}; "
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"model: it {what}: {', '.join(names[:3])}{more}; "
                              f"the adapter is for the {adapter.family.name} that it was trained on")
     return patches
 
@@ -282,7 +288,8 @@ def apply_adapter(model, path: str, strength: float):
     info, patched = AdapterInfo.of(adapter), model.clone()
     missing = patches.keys() - set(patched.add_patches(patches, strength))
     if missing:
-        raise ValueError(f"model: {len(missing)} of the adapter's LoRA modules could not be patched, as {sorted(map(str, missing))[0]}")
+        raise ValueError(f"model: {len(missing)} of the adapter's LoRA modules could not be patched, as "
+                         f"{min(map(str, missing))}")
     tensors = Tensors(adapter.heads, modulation_for(adapter))
     for name, kind in ((seam.modulation, AdapterModulation), (seam.head, AdapterHead)):
         patched.add_object_patch(NETWORK + name, kind(model.get_model_object(NETWORK + name), tensors))

@@ -24,7 +24,8 @@ from .graph import Flow, Group, Output, fields, inputs_of, options
 HERE = Path(__file__).resolve().parent
 SNAPSHOT = HERE.parent / "tests" / "data" / "object_info.json"
 # Kept short.
-LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")} | text_to_image.LISTED
+LISTED = {("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"),
+          ("GMFlowImageNetClass", "class_name")} | text_to_image.LISTED
 DIGITS = "gmdit_digits.safetensors"
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#4a7a4a", "#6d5a96", "#8a6d3b"
 

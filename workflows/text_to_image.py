@@ -113,7 +113,8 @@ def start(flow: Flow, base: Base, prompt: str) -> tuple[Group, Output, Output, O
     model = flow.add("GMFlowApplyAdapter", size=(340, 130), model=model, adapter_name=base.adapter.name,
                      models=base.adapter.models).out
     loader, files, kind = base.encoders
-    clip = flow.add(loader, size=(340, 130), type=kind, device="default", **{name: file.name for name, file in files.items()},
+    names = {name: file.name for name, file in files.items()}
+    clip = flow.add(loader, size=(340, 130), type=kind, device="default", **names,
                     models=[entry for file in files.values() for entry in file.models]).out
     vae = flow.add("VAELoader", size=(340, 60), vae_name=base.vae.name, models=base.vae.models).out
     group = flow.group("Text and size", right_of=group)
