@@ -113,7 +113,7 @@ def pack_tokens(means: Tensor, log_weights: Tensor, log_std: Tensor, rows: int, 
 
 
 def unpack_channels(x: Tensor) -> Tensor:
-    """FLUX.2's latent (B, C p p, H, W) in the space of its mixture, (B, C, p H, p W); channel (c p + row) p + column."""
+    """FLUX.2's latent (B, C p p, H, W) as its mixture has it, (B, C, p H, p W); channel (c p + row) p + column."""
     return F.pixel_shuffle(x, PATCH)
 
 

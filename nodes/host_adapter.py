@@ -165,7 +165,7 @@ def capture_mixture(info: AdapterInfo):
 
 
 def supply_guidance(info: AdapterInfo):
-    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding where a conditioning names none, a warning at others."""
+    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding where a conditioning names none, a line at others."""
 
     def wrapper(executor, *args, **kwargs):
         conds = [cond for group in executor.class_obj.conds.values() for cond in group]
