@@ -1,4 +1,5 @@
-"""The evaluation of evidence: its operators against their definitions, its methods against the known answer of a Gaussian."""
+"""The evaluation of evidence: its operators against their definitions,
+its methods against the known answer of a Gaussian."""
 
 import pytest
 import torch

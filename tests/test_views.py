@@ -351,6 +351,6 @@ def test_the_difference_by_guidance_fills_its_scale_and_no_more(rng, monkeypatch
     ((cells,), titles) = draw(trace, "guidance", 1, 2, "raw", 8, lambda x: x)
     shift = (step.guided.mean() - step.conditional.mean())[0]
     expected = 127.5 * (shift / shift.abs().max() + 1)                          # (C,H,W), 0 to 255
-    shown = torch.from_numpy(np.asarray(cells[2].resize(shift.shape[:0:-1], Image.Resampling.NEAREST)))
+    shown = torch.from_numpy(np.array(cells[2].resize(shift.shape[:0:-1], Image.Resampling.NEAREST)))
     assert (shown.permute(2, 0, 1) - expected).abs().max() <= 1
     assert float(titles[2].removeprefix("difference x ")) == pytest.approx(1 / float(shift.abs().max()), rel=1e-2)
