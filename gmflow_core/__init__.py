@@ -13,7 +13,7 @@ from .schedule import flow_sigmas
 from .solver import Inpaint, SecondOrder, SolverHistory, StepInfo, sample_gm_ode, sample_gm_sde
 from .spectral import gaussian_to_mixture, mixture_to_gaussian
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockEvidence", "Checkpoint", "CheckpointError", "Conditioned", "DirectionEvidence", "GMDenoiser", "GMDiT",

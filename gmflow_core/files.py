@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,10 +172,13 @@ def read_json(path: Path) -> dict:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` a new file beside ``path`` and rename it: readers see the old file or the whole new one.
 
-    A crash leaves the old one. OSError that names the file if it cannot be written.
+    A crash leaves the old one, and at worst a folder that :func:`remove_remains` knows: in a folder, because
+    safetensors makes a temporary file of its own. OSError that names the file if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = folder / "part"
     try:
+        folder.mkdir()
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
         write(temporary)
@@ -185,7 +189,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 _REMAINS = ".*." + "[0-9a-f]" * 8 + ".tmp"  # of write_atomically
@@ -194,8 +198,11 @@ _REMAINS = ".*." + "[0-9a-f]" * 8 + ".tmp"  # of write_atomically
 def remove_remains(path: Path) -> None:
     """Delete what killed writers of a file, or of any file in a folder, left; only where nobody may be writing now."""
     remains = path.glob(_REMAINS) if path.is_dir() else path.parent.glob(f".{glob.escape(path.name)}{_REMAINS[2:]}")
-    for temporary in remains:
-        temporary.unlink(missing_ok=True)
+    for folder in remains:
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:  # of version 0.1.0
+            folder.unlink(missing_ok=True)
 
 
 def not_written(path: Path, error: Exception) -> OSError:

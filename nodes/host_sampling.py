@@ -216,10 +216,10 @@ class SeedNoise:
 def canvas(patcher, latent: dict) -> dict:
     """The latent with the model's channels and size, as the core's nodes make it; ValueError if it is too large."""
     ratios = {name: latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-    samples = latent["samples"]
+    samples, ratio = latent["samples"], ratios["downscale_ratio_spacial"]
     if isinstance(patcher.model, GMFlowModel) and not getattr(samples, "is_nested", False):
-        scale = (ratios["downscale_ratio_spacial"] or 1) / (patcher.model.latent_format.spacial_downscale_ratio or 1)
-        check_size(patcher.model.gmflow, [int(n * min(1, scale)) for n in samples.shape[2:]])
+        scale = 1.0 if ratio is None else min(1.0, ratio / patcher.model.latent_format.spacial_downscale_ratio)
+        check_size(patcher.model.gmflow, [int(n * scale) for n in samples.shape[2:]])
     samples = known(comfy.sample.fix_empty_latent_channels, patcher, samples, **ratios)
     return {name: value for name, value in latent.items() if name not in ratios} | {"samples": samples}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..gmflow_core.inspection.trace import Recorder, Trace
+from torch import Tensor
+
+from ..gmflow_core.inspection.trace import Recorder, Trace, tensors_of
 
 
 def is_connected(prompt: dict | None, unique_id, slot: int) -> bool:
@@ -34,6 +36,10 @@ class TraceSource:
         if recorder is not None:
             self._trace = recorder.trace()
         return result
+
+    def _comfy_cache_tensors(self) -> list[Tensor]:
+        """What newer versions of ComfyUI count a kept output by: they see tensors in lists and tuples only."""
+        return [] if self._trace is None else tensors_of(self._trace)
 
     def trace(self) -> Trace:
         """The recorded trace; ValueError if the sampler leaves none."""

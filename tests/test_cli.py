@@ -12,12 +12,16 @@ from safetensors.torch import load_file
 
 from gmflow_core import (
     GMMLP,
+    GMDenoiser,
     GMDiT,
     GMDiTConfig,
     GMMLPConfig,
     SpectrumConfig,
     SpectrumMLP,
+    demo,
     flow_sigmas,
+    load_checkpoint,
+    sample_gm_ode,
     sample_gm_sde,
     save_checkpoint,
 )
@@ -284,3 +288,23 @@ def test_demo_draws_its_pictures(tmp_path, capsys):
         assert str(tmp_path / name) in out
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 300
+
+
+@pytest.mark.parametrize("solver, solve", [("gm-ode", sample_gm_ode), ("gm-sde", sample_gm_sde)])
+def test_the_solver_that_is_asked_for_paints(checkpoint, tmp_path, capsys, solver, solve):
+    run(capsys, "sample", checkpoint, "--labels", "0,1", "--steps", 2, "--order", 1, "--solver", solver,
+        "--guidance", 0, "--seed", 5, "--latents", "--out", tmp_path)
+    loaded, noise = load_checkpoint(checkpoint), ImageNoise(5, range(2), (3, 8, 8), "cpu")
+    options = dict(substeps=64) if solve is sample_gm_ode else dict(spectrum=loaded.spectrum, noise_sampler=noise)
+    expected = solve(GMDenoiser(loaded.model, torch.tensor([0, 1])), noise(), flow_sigmas(2), order=1, **options)
+    torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["samples"], expected, atol=1e-5, rtol=0)
+
+
+def test_the_demo_s_rows_are_guided_as_their_titles_say(monkeypatch):
+    """Samples that are as bright as they are guided: each row of the sheet shows its own scale."""
+    monkeypatch.setattr(demo, "sample_images", lambda checkpoint, labels, guidance=0.3, **options: torch.full(
+        (len(labels), 3, 16, 16), guidance))
+    monkeypatch.setattr(demo, "sheet", lambda cells, titles, *rest: list(zip(cells, titles, strict=True)))
+    for (picture,), title in demo.draw_guidance(None, 0):
+        scale = float(title.removeprefix("guidance "))
+        assert picture.crop((4, 4, 8, 8)).getextrema()[0][0] == pytest.approx(127.5 * (scale + 1), abs=1)

@@ -105,6 +105,8 @@ def test_remains_of_killed_writers(tmp_path):
     path = tmp_path / "a[1].txt"
     for name in (".a[1].txt.0123abcd.tmp", ".b.txt.01234567.tmp", ".a[1].txt.other.tmp", "mine.tmp"):
         (tmp_path / name).touch()
+    (tmp_path / ".a[1].txt.ffffffff.tmp").mkdir()
+    (tmp_path / ".a[1].txt.ffffffff.tmp" / ".tmpAbCdEf").touch()  # of safetensors' own
     remove_remains(path)
     assert sorted(os.listdir(tmp_path)) == [".a[1].txt.other.tmp", ".b.txt.01234567.tmp", "mine.tmp"]
     remove_remains(tmp_path)

@@ -5,7 +5,7 @@ from operator import itemgetter, methodcaller
 
 import pytest
 import torch
-from oracle import log_density, random_mixture
+from oracle import as_distribution, log_density, random_mixture
 from recorded import assert_close, assert_same_mixture, load, mixture
 
 from gmflow_core import GaussianMixture, guide_cfg, guide_probabilistic, probabilistic_guidance, unguided
@@ -122,10 +122,22 @@ def test_guidance_does_not_mix_samples(rng, scale):
 
 @pytest.mark.parametrize("space", [(), (5,), (2, 3, 2)], ids=str)
 def test_any_space(rng, space):
+    """The anchor by torch.distributions, the bias and the tilted density by hand, whatever the axes of space."""
     cond, uncond = pair(rng, space=space)
     got = guide_probabilistic(cond, uncond, 0.45)
-    assert got.anchor.var.shape == (2, 1) + (1,) * len(space) and got.bias.shape == (2, 2, *space)
-    assert got.posterior.means.isfinite().all()
+    m_c, m_u = (as_distribution(m).mean.movedim(-1, 1) for m in (cond, uncond))
+    v_c = as_distribution(cond).variance.flatten(1).mean(1).reshape(2, 1, *[1] * len(space))
+    inner = lambda a, b: (a * b).flatten(1).sum(1).reshape(2, 1, *[1] * len(space))  # noqa: E731
+    d = m_c - m_u
+    d = d - inner(d, m_c) / inner(m_c, m_c) * m_c
+    bias = 0.45 * (v_c / (inner(d, d) / d[0].numel())).sqrt() * d
+    for found, expected in ((got.anchor.mean, m_c), (got.anchor.var, v_c), (got.bias, bias)):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    constants = []
+    for x in torch.randn((4, *m_c.shape), generator=rng, dtype=torch.float64):
+        ratio = (x - m_c).square() / v_c - (x - m_c - bias).square() / (v_c * (1 - 0.45**2))
+        constants.append(log_density(got.posterior, x) - log_density(cond, x) - 0.5 * ratio.sum(1))
+    assert torch.stack(constants).std(0).max() < 1e-9
 
 
 def test_equal_conditionals_have_no_direction(rng):

@@ -412,3 +412,21 @@ def test_a_trace_is_recorded_if_asked_for_and_sampled_again_if_not(pack, rng):
     assert runs[1] is None and len(late.trace().steps) == 3 and late.trace() is late.trace() and len(runs) == 3
     with pytest.raises(ValueError, match="trace: it is empty; only GM samplers leave one"):
         tracing.TraceSource(lambda recorder: None, None).trace()
+
+
+def test_a_trace_says_how_large_it_is(pack, rng):
+    """Each tensor once: without guidance and correction the three mixtures of a step are one."""
+    core, guidance = pack("gmflow_core"), pack("gmflow_core.guidance")
+    q, r = mixture(pack, rng), mixture(pack, rng)
+    guided = iter([core.unguided(q), guidance.guide_probabilistic(q, r, 0.4)])
+    x = torch.randn(2, 3, 4, 4, generator=rng)
+    record = lambda recorder: core.sample_gm_ode(  # noqa: E731
+        lambda x, sigma: next(guided), x, torch.tensor([1.0, 0.5, 0.0]), order=1, callback=recorder
+    )
+    source = pack("nodes.trace_source").TraceSource(record, None)
+    assert source._comfy_cache_tensors() == []
+    source.trace()
+    tensors = source._comfy_cache_tensors()
+    one = 2 * (4 * 3 * 16 + 4 * 16 + 1)                                  # numbers of a mixture of two images
+    assert sum(t.numel() for t in tensors) == 2 * x.numel() + one + 2 * one + 2 * 16
+    assert {t.dtype for t in tensors} == {torch.float16}

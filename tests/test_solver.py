@@ -160,11 +160,26 @@ def test_input_is_left_alone_and_output_is_like_it(x, solver):
     assert torch.equal(x, before) and got.shape == x.shape and got.dtype == x.dtype and got.isfinite().all()
 
 
-@solvers
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("space", [(), (6,), (2, 3, 2)], ids=str)
-def test_any_space(rng, solver, space):
+def test_any_space_ode(rng, order, space):
+    """One network step of many substeps is the probability-flow ODE of the exact prior, as scipy solves it."""
+    prior = ExactPrior.example(channels=3)
+    x = torch.randn(2, 3, *space, generator=rng, dtype=torch.float64)
+    got = sample_gm_ode(prior.denoiser, x, torch.tensor([0.9, 0.3]), order=order, substeps=200)
+    expected = prior.solve_ode(x.movedim(1, -1).reshape(-1, 3), 0.9, 0.3)                       # (N,C)
+    torch.testing.assert_close(got.movedim(1, -1).reshape(-1, 3), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["sde1", "sde2"])
+@pytest.mark.parametrize("space", [(6,), (2, 3, 2)], ids=str)
+def test_any_space_sde(rng, solver, space):
+    """An image's axes of space only say where its pixels are: the same pixels in one row are drawn the same."""
     x = torch.randn(2, 3, *space, generator=rng)
-    assert run(solver, PRIOR.denoiser, x, flow_sigmas(3, 2.0)).isfinite().all()
+    row, noise = x.flatten(2), recorded_noise(x, 7)
+    expected = run(solver, PRIOR.denoiser, x, flow_sigmas(3, 2.0))
+    got = run(solver, PRIOR.denoiser, row, flow_sigmas(3, 2.0), noise_sampler=lambda *s: noise(*s).flatten(2))
+    torch.testing.assert_close(got, expected.flatten(2), atol=1e-5, rtol=0)
 
 
 # ---- inpainting, partial denoising -----------------------------------------------------------------
@@ -384,11 +399,24 @@ def test_a_bad_temperature_is_refused(x):
 
 
 def test_unguided_denoisers_may_have_one_component(x):
-    def denoiser(x, sigma):
-        logits = torch.zeros_like(x[:, None, :1])
-        return unguided(GaussianMixture(0.5 * x.unsqueeze(1), logits, torch.zeros(3, 1, 1, 1, 1)))
+    """N(x/2, I) as posterior: one step by hand; in several it is two equal components of half the weight each."""
+    def of(k):
+        def denoiser(x, sigma):
+            means = (0.5 * x).unsqueeze(1).repeat(1, k, 1, 1, 1)
+            logits = torch.full_like(means[:, :, :1], -math.log(k))
+            return unguided(GaussianMixture(means, logits, torch.zeros(3, 1, 1, 1, 1)))
+        return denoiser
 
-    assert run("sde2", denoiser, x, flow_sigmas(3)).isfinite().all()
+    s, t = 0.8, 0.3
+    z, e = (draw.expand_as(x) for draw in torch.randn((2, 3, 1, 4, 4)))  # equal in all channels, whose order is open
+    x_0, noise = 0.5 * x + z, iter((z, e, z, e))
+    r = t / s * (1 - s) / (1 - t)
+    expected = r * t / s * x + (1 - r**2) * (1 - t) * x_0 + (1 - r**2) ** 0.5 * t * e
+    for order in ("sde1", "sde2"):
+        got = run(order, of(1), x, torch.tensor([s, t]), noise_sampler=lambda *step: next(noise))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(run(order, of(1), x, flow_sigmas(3)), run(order, of(2), x, flow_sigmas(3)),
+                                   atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -26,6 +26,7 @@ from train.step import (
     step_generator,
     step_inputs,
     tally,
+    update_ema,
 )
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer
 
@@ -323,3 +324,18 @@ def test_without_a_folder_there_is_a_state_all_the_same():
     state = trainer.state()
     assert state["step"] == 1 and state["history"] == []
     assert all(torch.equal(value, trainer.nets.state_dict()[name]) for name, value in state["nets"].items())
+
+
+def test_the_average_forgets_the_start():
+    """d = min(decay, (1 + n)/(10 + n)): 1/10 in the first step, the decay itself after many."""
+    def pair():
+        nets = torch.nn.Linear(1, 1, bias=False)
+        ema = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+        nets.weight.data.fill_(1.0)
+        ema.weight.data.fill_(0.0)
+        return ema, nets
+
+    for decay, step, expected in ((0.999, 0, 1 - 0.1), (0.999, 90, 1 - 0.91), (0.5, 10**6, 0.5), (0.05, 0, 0.95)):
+        ema, nets = pair()
+        update_ema(ema, nets, decay, step)
+        assert ema.weight.item() == pytest.approx(expected, rel=1e-6)

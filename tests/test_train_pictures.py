@@ -180,3 +180,12 @@ def test_a_batch_of_odd_pictures_trains(tmp_path):
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "a" / "3.png")
     x, labels = ImageFolder.load(tmp_path, 3, 16).batch(8, torch.Generator().manual_seed(0))
     assert x.shape == (8, 3, 16, 16) and x.abs().max() <= 1 and labels.tolist() == [0] * 8
+
+
+def test_pipes_are_left_out_by_name(tmp_path, capsys):
+    tree(tmp_path, "a/1.png")
+    os.mkfifo(tmp_path / "a" / "0.png")
+    images = find_images(tmp_path)
+    assert fingerprint(images) == fingerprint(images)
+    ImageFolder.load(tmp_path, 3, 16).read(0)
+    assert "0.png: cannot be read, left out" in capsys.readouterr().err

@@ -172,6 +172,7 @@ def test_points_lie_where_their_values_are():
              if node.get("class") == "tick end"}
     assert x1 - x0 == pytest.approx(x2 - x1)
     assert (y0, y1, y2) == pytest.approx((ticks["1"], ticks["3"], ticks["2"]), abs=0.1)
+    assert ticks["3"] < ticks["2"] < ticks["1"]  # on a screen more is further up
 
 
 def test_a_chart_of_several_lines_names_them_and_draws_both_pale_and_strong():

@@ -93,7 +93,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_one(tmp_path, wait):
                           capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (remains,) = tmp_path.glob(f".{STATE}.*.tmp")
-    assert remains.stat().st_size == 2000
+    assert (remains / "part").stat().st_size == 2000
     trainer = Trainer(TINY, tmp_path, CPU)
     assert trainer.step == 1 and load_checkpoint(tmp_path / CHECKPOINT).training["step"] == 1
     trainer.save()

@@ -463,3 +463,17 @@ def test_a_full_disk_in_the_log_is_said_and_the_run_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr("train.runlog.append_line", full)
     assert main(monkeypatch, "--out", tmp_path, "--set", "log_every=1") == 0
     assert "the log failed: [Errno 28]" in capsys.readouterr().err and load_checkpoint(tmp_path).training["step"] == 2
+
+
+@pytest.mark.parametrize("name", [STATE, LOG])
+def test_pipes_in_a_run_are_not_opened(tmp_path, old, name):
+    (old / name).unlink()
+    os.mkfifo(old / name)
+    with pytest.raises(ValueError, match=f"{name}: is a device or pipe"):
+        Trainer(OLD_CONFIG, old, CPU)
+
+
+def test_pipes_as_settings(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "a.json")
+    assert main(monkeypatch, "--settings", tmp_path / "a.json") == 2
+    assert "a.json: is a device or pipe" in capsys.readouterr().err

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gmflow_core import GaussianMixture, flow_sigmas, guide_probabilistic, sample_gm_ode, unguided
+from gmflow_core.inspection import views
 from gmflow_core.inspection.beliefs import reorder, weight_entropy
-from gmflow_core.inspection.charts import REST, component_colour, marginal_density, marginal_grid, share_chart
+from gmflow_core.inspection.charts import REST, Axes, component_colour, marginal_density, marginal_grid, share_chart
 from gmflow_core.inspection.pixels import save_pixels
 from gmflow_core.inspection.scene import ORDERS, look, ordered
 from gmflow_core.inspection.statistics import statistics
@@ -331,3 +333,24 @@ def test_frames_of_an_animation_have_one_size(rng):
     frames = evened([*panels, panels[0].resize((900, 20))])
     assert {frame.size for frame in frames} == {(900, max(p.height for p in panels))}
     assert frames[0].getpixel((30, 60)) == panels[0].getpixel((30, 60))
+
+
+def test_more_is_further_up():
+    """A chart's y axis: a picture's rows are counted from above."""
+    axes = Axes((440, 250), (1.0, 0.0), (0.0, 10.0))
+    heights = [axes.at(0.5, value)[1] for value in (0, 2.5, 10)]
+    assert heights[0] == axes.box[3] and heights[2] == axes.box[1] and heights[0] > heights[1] > heights[2]
+    assert heights[0] - heights[1] == pytest.approx((heights[0] - heights[2]) / 4)
+
+
+def test_the_difference_by_guidance_fills_its_scale_and_no_more(rng, monkeypatch):
+    """Its largest value is 1, and its title says by how much it was multiplied."""
+    monkeypatch.setattr(views, "sheet", lambda cells, rows, titles, *rest: (cells, titles))
+    trace, _ = record(rng)
+    step = pick(trace, 1, 2)
+    ((cells,), titles) = draw(trace, "guidance", 1, 2, "raw", 8, lambda x: x)
+    shift = (step.guided.mean() - step.conditional.mean())[0]
+    expected = 127.5 * (shift / shift.abs().max() + 1)                          # (C,H,W), 0 to 255
+    shown = torch.from_numpy(np.array(cells[2].resize(shift.shape[:0:-1], Image.Resampling.NEAREST)))
+    assert (shown.permute(2, 0, 1) - expected).abs().max() <= 1
+    assert float(titles[2].removeprefix("difference x ")) == pytest.approx(1 / float(shift.abs().max()), rel=1e-2)

@@ -25,7 +25,7 @@ from .preview import save_samples
 from .report import write_report
 from .runlog import short
 from .settings import presets_help, read_settings, settings_help
-from .stop import StopRequest
+from .stop import StopRequest, forgive_streams
 from .team import Team, leave
 from .throughput import forward_flops
 from .trainer import CHECKPOINT, Trainer
@@ -164,6 +164,7 @@ def action() -> None:
     if args.version or args.list_presets or args.help_settings:
         texts = {"version": version, "list_presets": presets_help, "help_settings": settings_help}
         return print("\n\n".join(text() for name, text in texts.items() if getattr(args, name)))
+    forgive_streams()
     if args.threads:
         torch.set_num_threads(args.threads)
     config = configuration(args)

@@ -211,6 +211,8 @@ def check_plan(path: Path, plan: dict, write: bool) -> None:
 
 def finished(path: Path) -> dict | None:
     """What a shard holds, or None if it is not there or damaged."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as shard:
             broken = json.loads((shard.metadata() or {})["broken"])

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from gmflow_core.files import write_text
+from gmflow_core.files import file_size, write_text
 
 from .console import say
 
@@ -76,6 +76,7 @@ def append_line(path: Path, line: str) -> None:
 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a log. One that was cut, or that two processes wrote at once, is left out and said."""
+    file_size(path)  # a pipe would wait for ever
     lines, bad = [], []
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:

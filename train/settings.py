@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
+from gmflow_core.files import MAX_JSON, file_size
 
 from .config import PRESETS, TrainConfig
 
@@ -20,6 +21,8 @@ def read_settings(path: Path) -> list[str]:
 
     ValueError that names the file if it holds something else, or is YAML and PyYAML is not installed.
     """
+    if file_size(path) > MAX_JSON:
+        raise ValueError(f"--settings {path}: has {file_size(path):,} bytes, at most {MAX_JSON:,} are read")
     text = path.read_text(encoding="utf-8-sig")
     try:
         values = json.loads(text) if path.suffix.lower() == ".json" else _yaml(path, text)

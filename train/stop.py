@@ -32,8 +32,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def ask(self, number: int, _frame) -> None:
-        if number == getattr(signal, "SIGHUP", None):
-            leave_terminal()
         if self.signal is not None:
             if number == signal.SIGINT and not self.patient:
                 raise KeyboardInterrupt
@@ -43,10 +41,36 @@ class StopRequest:
               file=sys.stderr)
 
 
-def leave_terminal() -> None:
-    """Send what is still to be said nowhere if it went to a terminal, which is gone: writing there would fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        if os.isatty(descriptor):
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+class Forgiving:
+    """A text stream whose reader may go away, a terminal that is closed or the end of a pipe:
+    then it says nothing more."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._leave()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Nowhere takes the descriptor's place, so that what is still in the buffer is no error at the end."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
+def forgive_streams() -> None:
+    """A run goes on when nobody reads what it says."""
+    sys.stdout, sys.stderr = (s if isinstance(s, Forgiving) else Forgiving(s) for s in (sys.stdout, sys.stderr))

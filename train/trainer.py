@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gmflow_core import save_checkpoint
-from gmflow_core.files import not_written, remove_remains, write_atomically
+from gmflow_core.files import file_size, not_written, remove_remains, write_atomically
 from gmflow_core.pickles import torch_says
 
 from .config import PATHS, TrainConfig, changes
@@ -348,6 +348,7 @@ def _save(state: dict, path: Path) -> None:
 
 
 def _load(path: Path) -> dict:
+    file_size(path)  # a pipe would wait for ever
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch documents no list of what a damaged file raises

@@ -126,7 +126,8 @@ Its **end_percent** 0.5 guides only the first half.
         row = flow.group(title, below=row, across=True, color=PURPLE)
         guider = flow.add("GMFlowGuider", size=(300, 250), show_advanced=True, model=model, positive=positive,
                           method="vanilla CFG", cfg_scale=scale).out
-        sampled = flow.add("SamplerCustomAdvanced", size=(300, 130), under=True, noise=noise, guider=guider, sampler=sampler,
+        sampled = flow.add("SamplerCustomAdvanced", size=(300, 130), under=True, noise=noise, guider=guider,
+                           sampler=sampler,
                            sigmas=sigmas, latent_image=latent)
         look(title, f"vanilla_{scale}", sampled["output"])
 

@@ -53,8 +53,10 @@ def understood(url: str):
 
 def load(path: Path) -> dict:
     """An API workflow: node id to {class_type, inputs}."""
+    if path.exists() and not path.is_file():
+        raise RunError(USAGE, f"{path}: is no file")
     try:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
+        workflow = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RunError(USAGE, f"{path}: {error.strerror or error}") from None
     except ValueError as error:

@@ -97,6 +97,17 @@ def _half(x: Tensor) -> Tensor:
     return x.to(torch.float16, copy=True)
 
 
+def tensors_of(trace: Trace) -> list[Tensor]:
+    """Every tensor that a trace keeps, each once."""
+    found: dict[int, Tensor] = {}
+    for step in trace.steps:
+        mixtures = [getattr(step, name) for name in MIXTURES]
+        kept = [tensor for m in mixtures for tensor in (m.means, m.log_weights, m.log_std)]
+        for tensor in [step.x, *kept, *([] if step.divergence is None else [step.divergence])]:
+            found[id(tensor)] = tensor
+    return list(found.values())
+
+
 def pick(trace: Trace, step: int, image: int) -> TraceStep:
     """One step of one image (a batch of one, float32); ValueError if there is none of that number."""
     if not trace.steps:

@@ -214,12 +214,15 @@ def dtypes() -> dict:
 
 
 def gguf() -> dict:
-    """A Q8_0 base through ComfyUI-GGUF: rms relative difference from float32, with the adapter, with a LoRA too, and plain."""
+    """A Q8_0 base through ComfyUI-GGUF: rms relative difference from float32, with the adapter,
+    with a LoRA too, and plain."""
     import gguf as format_
     import numpy as np
 
     pack = Path(os.environ["GGUF_PACK"])
-    spec = importlib.util.spec_from_file_location("gguf_pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
+    spec = importlib.util.spec_from_file_location(
+        "gguf_pack", pack / "__init__.py", submodule_search_locations=[str(pack)]
+    )
     module = sys.modules["gguf_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with tempfile.TemporaryDirectory() as folder:

@@ -289,13 +289,15 @@ def test_core_cfg_with_a_negative(model, name, solver):
     assert (three - none).abs().mean() > 0.01
 
 
-WORKFLOWS = {"text_to_image_flux1": "gmflux_tiny", "text_to_image_qwen": "gmqwen_tiny", "text_to_image_flux2": "gmflux2_tiny",
+WORKFLOWS = {"text_to_image_flux1": "gmflux_tiny", "text_to_image_qwen": "gmqwen_tiny",
+             "text_to_image_flux2": "gmflux2_tiny",
              "what_flux_is_undecided_about": "gmflux_tiny"}
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
 def test_the_workflows_run(model, workflow):
-    """The committed API file with a tiny base, a stored text and colours in the place of its loaders, on a small latent."""
+    """The committed API file with a tiny base, a stored text and colours in the place of its loaders,
+    on a small latent."""
     tiny = model(WORKFLOWS[workflow])
     prompt = json.loads((ROOT / "workflows" / "api" / f"{workflow}.json").read_text(encoding="utf-8"))
     for node in prompt.values():
@@ -473,10 +475,12 @@ def test_narrow_bases(inside, name):
 
 
 def test_gguf(tiny, inside):
-    """A Q8_0 base through ComfyUI-GGUF, which lies beside the repository: no further from float32 than the plain base twice."""
+    """A Q8_0 base through ComfyUI-GGUF, which lies beside the repository: no further from float32 than
+    the plain base twice."""
     pack = ROOT.parent / "ComfyUI-GGUF"
     if not pack.is_dir() or "gmflux2_tiny" not in tiny.info["TinyBase"]["input"]["required"]["name"][0]:
-        pytest.skip("ComfyUI-GGUF does not lie beside the repository, or this ComfyUI does not know FLUX.1 in a tiny size")
+        pytest.skip("ComfyUI-GGUF does not lie beside the repository, "
+                    "or this ComfyUI does not know FLUX.1 in a tiny size")
     tiny.env["GGUF_PACK"] = str(pack)
     found = inside("gguf", "gmflux_tiny")
     assert found.pop("class") == "GGUFModelPatcher" and found["plain"] < 0.02

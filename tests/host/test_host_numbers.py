@@ -31,8 +31,8 @@ def test_gm_ode_is_the_core_package_s(digits, checkpoint, guidance, order):
     found = g.latents(g.gm(guidance=guidance, order=order, steps=6, seed=11))
     denoiser = GMDenoiser(checkpoint.model, torch.tensor([0, 3, 7, 9]), guidance)
     with torch.no_grad():
-        expected = sample_gm_ode(denoiser, core_noise(4, 11), flow_sigmas(6), order=order,
-                                 substeps=default_substeps(6), second_order=NODES)
+        expected = sample_gm_ode(denoiser, core_noise(4, 11), flow_sigmas(6), order=order, substeps=default_substeps(6),
+                                 second_order=NODES)
     assert_same(found, expected)
 
 

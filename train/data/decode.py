@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gmflow_core.files import file_size
+
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
 GROUND = (255, 255, 255)    # what transparent pictures are laid on: white
 LONGEST = 4                 # squares: what is longer is cut before it is enlarged
@@ -38,6 +40,7 @@ def decode(path: Path, size: int, channels: int = 3, note: Callable[[str], None]
     import numpy as np
     from PIL import Image, ImageOps
 
+    file_size(path)  # a pipe would wait for ever
     with Image.open(path) as image:
         high = white_level(image)
         image = ImageOps.exif_transpose(image)

@@ -113,8 +113,8 @@ def fingerprint(images: ImageList) -> str:
     for path in images.paths:
         total.update(os.fsencode(path.relative_to(images.folder).as_posix()) + b"\0")
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
+            size = path.stat().st_size if path.is_file() else -1
+            with open(path if path.is_file() else os.devnull, "rb") as file:
                 total.update(f"{size} ".encode() + file.read(4096))
                 file.seek(max(0, size - 4096))
                 total.update(file.read(4096))

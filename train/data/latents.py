@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor
 
+from gmflow_core.files import CheckpointError, file_size
 from gmflow_core.model import LatentSpace
 
 from .dataset import Dataset
@@ -96,9 +97,10 @@ def read_index(folder: Path) -> dict:
 def open_shard(path: Path, count: int, shape: tuple[int, ...], flips: bool):
     """A shard, mapped and checked; ValueError if it is absent, damaged or not what the index says."""
     try:
+        file_size(path)
         shard = safe_open(path, "pt")
         shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
         raise ValueError(f"{path}: missing or damaged ({error}); delete it and run train.encode again") from None
     wanted = {"latents": (count, *shape), "labels": (count,)} | ({"flipped": (count, *shape)} if flips else {})
     if shapes != wanted:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from gmflow_core.files import write_safetensors
+from gmflow_core.files import file_size, write_safetensors
 
 from ..data.digits import INKS, Digits
 from ..data.images import ImageFolder, find_images, fingerprint
@@ -70,6 +70,7 @@ class ArrayImages:
 
         self.name, self.content = Path(path).name, file_digest(Path(path))
         try:
+            file_size(Path(path))
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in ("arr_0", "mu", "sigma") if key in file}
         except (OSError, ValueError) as error:
@@ -166,6 +167,8 @@ def save_reference(path: Path, reference: Reference, kind: str) -> None:
 
 def load_reference(path: Path, kind: str) -> Reference | None:
     """A saved reference; None if it is not there, damaged, or of other features."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
