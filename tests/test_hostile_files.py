@@ -259,7 +259,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path, small):
     config.unlink()
     os.mkfifo(config)
     refused(small, "without transformer/config.json")
-    with pytest.raises(CheckpointError, match="a device, pipe"):
+    with pytest.raises(CheckpointError, match="a device or pipe"):
         read_json(config)
     weights = small / "transformer" / WEIGHTS
     weights.unlink()
