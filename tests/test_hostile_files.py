@@ -251,15 +251,15 @@ def test_pipes_and_devices_are_not_opened(tmp_path, small):
     """A FIFO would wait for ever, /dev/zero never ends."""
     pipe = tmp_path / "a.safetensors"
     os.mkfifo(pipe)
-    refused(pipe, "a device, pipe or socket")
+    refused(pipe, "a device or pipe")
     os.mkfifo(tmp_path / "a.pth")
-    refused(tmp_path / "a.pth", "a device, pipe or socket")
-    refused(Path("/dev/zero"), "a device, pipe or socket")
+    refused(tmp_path / "a.pth", "a device or pipe")
+    refused(Path("/dev/zero"), "a device or pipe")
     config = small / "transformer" / "config.json"
     config.unlink()
     os.mkfifo(config)
     refused(small, "without transformer/config.json")
-    with pytest.raises(CheckpointError, match="a device, pipe"):
+    with pytest.raises(CheckpointError, match="a device or pipe"):
         read_json(config)
     weights = small / "transformer" / WEIGHTS
     weights.unlink()

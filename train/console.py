@@ -13,7 +13,9 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def attempt(what: str, write: Callable[[], object], then: str = "; training goes on", errors=OSError) -> None:
+def attempt(
+    what: str, write: Callable[[], object], then: str = "; training goes on", errors: type[Exception] = OSError,
+) -> None:
     """A full disk should not end a run: say so and go on. ``errors``: likewise others, of what it can do without."""
     try:
         write()

@@ -42,8 +42,7 @@ class StopRequest:
 
 
 class Forgiving:
-    """A text stream whose reader may go away, a terminal that is closed or the end of a pipe:
-    then it says nothing more."""
+    """A text stream whose reader, a terminal or the end of a pipe, may go away: then it says nothing more."""
 
     def __init__(self, stream):
         self.stream = stream

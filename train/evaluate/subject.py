@@ -80,8 +80,10 @@ def digest(path: Path) -> str:
     return total.hexdigest()[:12]
 
 
-def old_digest(path: Path) -> str:
+def old_digest(path: Path | None) -> str:
     """What earlier versions took for a checkpoint's digest: that of its files' bytes."""
+    if path is None:
+        return ""
     total = hashlib.sha256()
     for part in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         total.update(bytes.fromhex(file_digest(part)))
