@@ -16,6 +16,8 @@ sys.argv = ["main.py", "--cpu", *sys.argv[3:]]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+# As main.py does first: nodes.py puts comfy/, which has a utils.py, before it.
+import utils.extra_config  # noqa: E402,F401
 import comfy.samplers  # noqa: E402
 import comfy_api.latest  # noqa: E402,F401
 import torch  # noqa: E402

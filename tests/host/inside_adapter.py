@@ -21,6 +21,8 @@ sys.argv = ["main.py", "--cpu", *sys.argv[4:]]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+# As main.py does first: nodes.py puts comfy/, which has a utils.py, before it.
+import utils.extra_config  # noqa: E402,F401
 import comfy.lora  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
