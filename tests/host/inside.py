@@ -17,10 +17,10 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 # As main.py does first: nodes.py puts comfy/, which has a utils.py, before it.
-import utils.extra_config  # noqa: E402,F401
 import comfy.samplers  # noqa: E402
 import comfy_api.latest  # noqa: E402,F401
 import torch  # noqa: E402
+import utils.extra_config  # noqa: E402,F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import nodes as core  # noqa: E402

@@ -22,7 +22,6 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 # As main.py does first: nodes.py puts comfy/, which has a utils.py, before it.
-import utils.extra_config  # noqa: E402,F401
 import comfy.lora  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
@@ -30,6 +29,7 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy_api.latest  # noqa: E402,F401
 import torch  # noqa: E402
+import utils.extra_config  # noqa: E402,F401
 
 import nodes as core  # noqa: E402
 
