@@ -231,8 +231,8 @@ def test_a_team_of_one(monkeypatch):
 @pytest.mark.parametrize("device, message",
                          [("cuda", "has no GPU of its own"), ("mps", "train on cuda or cpu, not on mps")])
 def test_teams_without_a_device_are_refused(monkeypatch, device, message):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "64")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "64")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         Team.join(device)
 
