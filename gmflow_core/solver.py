@@ -34,7 +34,12 @@ class SolverHistory:
     posterior: Mixture
     x: Tensor
     sigma: float
-    step: float  # h = sigma - sigma_next
+    h: float  # sigma - sigma_next
+
+    @property
+    def step(self) -> float:
+        """``h`` by its older name."""
+        return self.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +112,8 @@ def correct(
         return guided.posterior, guided.target
     mean = guided.posterior.mean()
     mean_prev = history.posterior.tilted_mean(reanchor_factor(history.x, history.sigma, x, sigma))
-    doubt = guided.anchor.var * (((guided.scale * options.c_b) ** 2 + options.c_a) / history.step**2)
-    difference = (mean - mean_prev) * ((1 - doubt).clamp(min=0).sqrt() * (step / (2 * history.step)))
+    doubt = guided.anchor.var * (((guided.scale * options.c_b) ** 2 + options.c_a) / history.h**2)
+    difference = (mean - mean_prev) * ((1 - doubt).clamp(min=0).sqrt() * (step / (2 * history.h)))
     bias = difference if guided.bias is None else difference + guided.bias
     target = choose_target(guided.base, guided.anchor, biased_target(guided.anchor, bias), options.tilt)
     posterior = tilt_toward(guided.base, guided.anchor, target)

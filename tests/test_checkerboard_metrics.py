@@ -8,8 +8,8 @@ import torch
 from train.data.checkerboard import Checkerboard
 from train.evaluate.checkerboard_metrics import (
     cells,
-    figures,
     histogram_kl,
+    metrics,
     outside_share,
     sliced_wasserstein,
     spread,
@@ -37,7 +37,7 @@ def test_cells_are_numbered_once_each():
 
 
 def test_true_samples_are_good(true, rng):
-    found = figures(true, Checkerboard.load().batch(N, rng)[0])
+    found = metrics(true, Checkerboard.load().batch(N, rng)[0])
     assert found["outside"] == 0
     assert 0.5 < found["kl"] / (127 / (2 * N)) < 1.5  # the bias of finite samples and nothing else
     assert found["wasserstein"] < 0.1
@@ -47,7 +47,7 @@ def test_true_samples_are_good(true, rng):
 
 def test_a_gaussian_blob_is_bad(true, rng):
     blob = torch.randn(N, 2, generator=rng)
-    found = figures(blob, true)
+    found = metrics(blob, true)
     assert found["outside"] == pytest.approx(0.5, abs=0.02)  # half of every ring is on the support
     assert found["kl"] > 1 and found["wasserstein"] > 1 and found["uneven"] > 0.3
 
@@ -114,4 +114,4 @@ def test_points_that_are_not_finite_are_refused(true):
     bad = true.clone()
     bad[3, 1] = math.nan
     with pytest.raises(ValueError, match="1 of 20000 points"):
-        figures(bad, true)
+        metrics(bad, true)

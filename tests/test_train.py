@@ -17,8 +17,8 @@ from train.data.checkerboard import Checkerboard
 from train.data.digits import INKS, Digits
 from train.report import REPORT
 from train.step import (
+    averaged,
     build,
-    figures,
     learning_rate,
     losses,
     parameter_groups,
@@ -218,8 +218,8 @@ def test_tallies_of_parts_add_up():
     nets, inputs = build(TINY, CPU), step_inputs(TINY, Digits.load(), 0)
     whole = tally(losses(nets, TINY, inputs))
     parts = [tally(losses(nets, TINY, part)) for part in inputs.split(2)]
-    numbers = figures(whole)
-    assert figures({k: parts[0][k] + parts[1][k] for k in whole}) == pytest.approx(numbers, rel=1e-5)
+    numbers = averaged(whole)
+    assert averaged({k: parts[0][k] + parts[1][k] for k in whole}) == pytest.approx(numbers, rel=1e-5)
     terms = losses(nets, TINY, inputs)
     assert numbers["loss"] == pytest.approx(terms["loss"].mean().item())
     assert 0 < numbers["entropy"] < math.log(3) and 1 < numbers["components"] <= 3

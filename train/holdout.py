@@ -11,7 +11,7 @@ from gmflow_core.path import add_noise
 
 from .config import TrainConfig
 from .data.dataset import Dataset
-from .step import figures, losses, predict, step_inputs, tally
+from .step import averaged, losses, predict, step_inputs, tally
 
 DRAWS, PIECE = 256, 32  # held-out samples that are looked at, and so many at a time
 
@@ -79,5 +79,5 @@ def held_out_figures(nets: nn.ModuleDict, config: TrainConfig, held: Dataset, de
         x_t = add_noise(piece.x_0, piece.noises[0], sigma)
         velocity = predict(nets["model"], x_t, sigma, piece.labels, config.precision)
         nll -= velocity.log_prob(piece.noises[0] - piece.x_0).mean().item() / steps
-    found = {"holdout_loss": figures(sums)["loss"]}
+    found = {"holdout_loss": averaged(sums)["loss"]}
     return found if config.loss == "l2" else found | {"holdout_nll": nll}

@@ -24,7 +24,7 @@ from gmflow_core.pictures import scatter, sheet
 from .config import PRESETS, TrainConfig
 from .data.checkerboard import Checkerboard
 from .evaluate.baselines import EULER, MISSING, SCHEDULERS, has_diffusers
-from .evaluate.checkerboard_metrics import cells, figures
+from .evaluate.checkerboard_metrics import cells, metrics
 from .evaluate.settings import SOLVERS, Setting, solve
 from .folder import locked
 from .trainer import Trainer
@@ -120,10 +120,10 @@ def measure(samples: dict[Row, list[Tensor]], points: int) -> dict:
     """Every figure of every row, and of true samples: what the figures are where nothing is wrong."""
     true, other = (Checkerboard.load().batch(points, torch.Generator().manual_seed(s))[0] for s in (3, 4))
     table = [
-        {"model": row.model, "solver": row.solver, "steps": n, **figures(x, true)}
+        {"model": row.model, "solver": row.solver, "steps": n, **metrics(x, true)}
         for row, draws in samples.items() for n, x in zip(STEPS, draws, strict=True)
     ]
-    return {"points": points, "true_samples": figures(other, true), "rows": table}
+    return {"points": points, "true_samples": metrics(other, true), "rows": table}
 
 
 def markdown(result: dict) -> str:

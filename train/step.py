@@ -186,7 +186,7 @@ def tally(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return sums | {f"loss_q{q}": total(terms["loss"], quarter == q) for q in range(4)}
 
 
-def figures(sums: dict[str, Tensor]) -> dict[str, float]:
+def averaged(sums: dict[str, Tensor]) -> dict[str, float]:
     """Means of a tally. ``components`` is how many components the batch uses: exp of the mean weights' entropy."""
     lists = {name: value.tolist() for name, value in sums.items()}
     means = {name: [x / count for x in values] for name, (*values, count) in lists.items() if count}

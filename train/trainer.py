@@ -28,8 +28,8 @@ from .saving import Background, HostCopies
 from .step import (
     Inputs,
     Objective,
+    averaged,
     build,
-    figures,
     learning_rate,
     make_optimizer,
     networks_of,
@@ -127,7 +127,7 @@ class Trainer:
                 (terms["loss"].mean() / config.accumulate).backward()
             loss.append(terms["loss"].detach())
             sums = {name: sums.get(name, 0) + value for name, value in tally(terms).items()}
-        numbers = figures(self.team.sum(sums))
+        numbers = averaged(self.team.sum(sums))
         limit = config.clip_norm if config.clip_norm and self.step >= config.clip_from else float("inf")
         # Each network by itself: neither loss reaches the other's weights, so neither should scale its steps.
         norms = {name: whole(nn.utils.clip_grad_norm_(net.parameters(), limit)).item()

@@ -76,8 +76,8 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
     return math.sqrt(2 * difference.double().square().mean().item())
 
 
-def figures(points: Tensor, reference: Tensor) -> dict[str, float]:
-    """All figures of points (N,2), against ``reference``, as many true samples."""
+def metrics(points: Tensor, reference: Tensor) -> dict[str, float]:
+    """All metrics of points (N,2), against ``reference``, as many true samples."""
     if not torch.isfinite(points).all():
         raise ValueError(f"{int((~torch.isfinite(points)).any(-1).sum())} of {len(points)} points are not finite")
     return {
