@@ -234,7 +234,7 @@ def test_a_sweep_is_resumed_and_added_to(files, tmp_path, quick, monkeypatch, ca
     assert row["saturation"] == pytest.approx(saturation(quantise(x)).mean().item(), rel=1e-4)
     assert {"fid", "precision", "recall", "overshoot", "accuracy", "on_palette", "one_ink",
             "images_per_second"} <= set(row)
-    assert Image.open(out / row["picture"]).size == (2 + 5 * 34, 2 + 2 * 34)
+    assert Image.open(out / row["picture"]).size == (2 + 5 * 50, 2 + 2 * 50)
 
     monkeypatch.setattr(evaluate, "draw", lambda *_: pytest.fail("a finished row is sampled again"))
     assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2,
