@@ -19,6 +19,7 @@ comfy.options.enable_args_parsing()
 # As main.py does first: nodes.py puts comfy/, which has a utils.py, before it.
 import comfy.samplers  # noqa: E402
 import comfy_api.latest  # noqa: E402,F401
+import server  # noqa: E402,F401  # loaded before any pack, and slow
 import torch  # noqa: E402
 import utils.extra_config  # noqa: E402,F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402

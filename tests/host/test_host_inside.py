@@ -35,7 +35,8 @@ def test_other_models_are_refused_by_name(foreign):
     assert sorted(said) == ["GMFlowClassConditioning", "GMFlowEmptyLatent", "GMFlowGuider", "GMFlowKSampler",
                             "GMFlowScheduler"]
     for text in said.values():
-        assert text == "ValueError: model: this is a SD3 model, not a GMFlow one; load one with GMFlow Loader"
+        assert text == ("ValueError: model: this is a SD3 model, not a GMFlow one; load one with GMFlow Loader, "
+                        "or give FLUX.1, FLUX.2 or Qwen-Image an adapter with GMFlow Apply Adapter")
 
 
 @pytest.mark.parametrize("option, dtype", [("--force-fp16", "torch.float16"), ("--bf16-unet", "torch.bfloat16")])
