@@ -19,6 +19,8 @@ from train.evaluate.image_metrics import frechet_distance, moments, quantise
 from train.evaluate.reference import DigitImages, measure_reference
 from train.evaluate.settings import Setting, draw
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint():

@@ -27,6 +27,8 @@ from gmflow_core.describe import format_info, identify
 from gmflow_core.files import CheckpointError, read_json, shown
 from gmflow_core.model import LatentSpace
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["saved", "small", "tiny"]  # fixtures
 MB = 1 << 20
 DENOISING = "diffusion_ema.denoising."

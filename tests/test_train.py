@@ -30,6 +30,8 @@ from train.step import (
 )
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = replace(
     PRESETS["digits"],

@@ -28,6 +28,8 @@ from train.stop import SIGNALS, StopRequest
 from train.team import launched
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 OLD = ROOT / "tests" / "data" / "run_0_1_0"
 OLD_CONFIG = replace(

@@ -36,6 +36,8 @@ from train.team import Team, leave, share_of, whole
 from train.throughput import Speed, forward_flops, peak_flops
 from train.trainer import CHECKPOINT, LOG, STATE, Trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

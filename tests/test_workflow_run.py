@@ -12,6 +12,8 @@ import pytest
 
 from workflows.run import FAILED, NO_SERVER, REFUSED, TIMEOUT, USAGE, main
 
+pytestmark = pytest.mark.slow
+
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 QUICKSTART = str(WORKFLOWS / "api" / "quickstart.json")
 SAMPLER = next(k for k, n in json.loads(Path(QUICKSTART).read_text(encoding="utf-8")).items()
