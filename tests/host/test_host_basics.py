@@ -150,7 +150,11 @@ def test_workflow_runs(host, recognised, path):
 
 @pytest.mark.parametrize("path", filter(downloads, API), ids=lambda p: p.stem)
 def test_workflow_of_a_missing_checkpoint_lacks_only_files(host, path):
-    answer = host.run(json.loads(path.read_text(encoding="utf-8"))).answer
+    prompt = json.loads(path.read_text(encoding="utf-8"))
+    lacking = sorted({node["class_type"] for node in prompt.values()} - set(host.info))
+    if lacking:
+        pytest.skip(f"this ComfyUI lacks {', '.join(lacking)}")
+    answer = host.run(prompt).answer
     errors = [error for node in answer["node_errors"].values() for error in node["errors"]]
     assert errors and all(error["type"] == "value_not_in_list" for error in errors), errors
     assert all(error["extra_info"]["input_name"].rstrip("12") in FILES for error in errors), errors
