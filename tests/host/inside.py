@@ -19,12 +19,13 @@ comfy.options.enable_args_parsing()
 # As main.py does first: nodes.py puts comfy/, which has a utils.py, before it.
 import comfy.samplers  # noqa: E402
 import comfy_api.latest  # noqa: E402,F401
-import server  # noqa: E402,F401  # loaded before any pack, and slow
 import torch  # noqa: E402
 import utils.extra_config  # noqa: E402,F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import nodes as core  # noqa: E402
+
+importlib.import_module("server")  # slow, and loaded before any pack; after the host's utils, as in main.py
 
 BUNDLED = f"{ROOT}/models/gmdit_digits.safetensors"
 
