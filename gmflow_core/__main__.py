@@ -23,13 +23,13 @@ def build_parser() -> Parser:
     demo.add_argument("--out", type=Path, default=Path("output"), help="folder of the pictures (default output)")
     demo.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 
-    draw = commands.add_parser("sample", help="sample any checkpoint")
-    add_sampling(draw)
-    draw.add_argument("--count", type=number(int, 1), help="images without a class (instead of --labels)")
-    draw.add_argument("--batch-size", type=number(int, 1), default=64)
-    draw.add_argument("--out", type=Path, default=Path("output"), help="folder (default output)")
-    draw.add_argument("--images", action="store_true", help="also every image as its own PNG, in label order")
-    draw.add_argument("--latents", action="store_true", help="also the raw samples as safetensors")
+    sampling = commands.add_parser("sample", help="sample any checkpoint")
+    add_sampling(sampling)
+    sampling.add_argument("--count", type=number(int, 1), help="images without a class (instead of --labels)")
+    sampling.add_argument("--batch-size", type=number(int, 1), default=64)
+    sampling.add_argument("--out", type=Path, default=Path("output"), help="folder (default output)")
+    sampling.add_argument("--images", action="store_true", help="also every image as its own PNG, in label order")
+    sampling.add_argument("--latents", action="store_true", help="also the raw samples as safetensors")
 
     look = commands.add_parser("inspect",
                                help="what the mixture believes at a step: a picture, an animation or numbers")
@@ -209,14 +209,14 @@ def run_inspect(args) -> None:
 
 def check_inspection(args, kind: str, images: int, size: int) -> None:
     """UsageError or ValueError for what could not be drawn, before anything is sampled."""
-    from .inspection.scene import ORDERS
+    from .inspection.scene import ARRANGEMENTS
     from .inspection.statistics import check_pixel
     from .inspection.trace import check_place
     from .inspection.views import VIEWS
 
     if kind not in (".png", ".jpg", ".gif", ".webp", ".json", ".safetensors"):
         raise UsageError(f"--out {args.out}: must end in .png, .jpg, .gif, .webp, .json or .safetensors")
-    for option, value, known in (("--view", args.view, VIEWS), ("--arrange", args.arrange, ORDERS)):
+    for option, value, known in (("--view", args.view, VIEWS), ("--arrange", args.arrange, ARRANGEMENTS)):
         if value not in known:
             raise UsageError(f"{option} {value}: must be one of {', '.join(known)}")
     check_place(args.step, args.image, args.steps, images)

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..gmflow_core.inspection.pixels import MOST_BYTES, save_pixels
-from ..gmflow_core.inspection.scene import ORDERS, Scene, look
+from ..gmflow_core.inspection.scene import ARRANGEMENTS, Scene, look
 from ..gmflow_core.inspection.statistics import statistics
 from ..gmflow_core.inspection.trace import save_trace
 from ..gmflow_core.inspection.views import VIEWS, paint
@@ -37,7 +37,7 @@ class GMFlowInspector(io.ComfyNode):
                                        "components. winners: the heaviest component. guidance: what it changed. "
                                        "timeline: all steps, and what becomes of each hypothesis. pixel: one pixel's "
                                        "mixture. sheet: an overview."),
-                advanced(io.Combo.Input("order", options=list(ORDERS), default=ORDERS[0],
+                advanced(io.Combo.Input("order", options=list(ARRANGEMENTS), default=ARRANGEMENTS[0],
                                         tooltip="Components of neighbouring pixels need not correspond. aligned: in "
                                                 "hypotheses, the same over the image and at every step; ranked: by "
                                                 "weight at each pixel; raw: as the network numbers them.")),

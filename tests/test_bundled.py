@@ -13,11 +13,11 @@ from gmflow_core import GMDiTConfig, load_checkpoint
 from gmflow_core.__main__ import BUNDLED
 from train.config import PRESETS, TrainConfig
 from train.data.digits import Digits
-from train.evaluate.digits_metrics import digit_figures, train_svm
+from train.evaluate.digits_metrics import digit_metrics, train_svm
 from train.evaluate.features import digits_features
 from train.evaluate.image_metrics import frechet_distance, moments, quantise
 from train.evaluate.reference import DigitImages, measure_reference
-from train.evaluate.settings import Setting, draw
+from train.evaluate.settings import Setting, sample_images
 
 pytestmark = pytest.mark.slow
 
@@ -60,8 +60,8 @@ def judges():
 def test_quality(checkpoint, judges, setting, accuracy, one_ink, fid):
     svm, features, reference = judges
     labels = torch.arange(100) % 10
-    images = draw(checkpoint, setting, labels, seed=0)
-    figures = digit_figures(images, labels, svm)
+    images = sample_images(checkpoint, setting, labels, seed=0)
+    figures = digit_metrics(images, labels, svm)
     found = frechet_distance(reference.moments, moments(features(quantise(images))))
     print(setting.title, setting.guidance_title, found, figures)
     assert figures["accuracy"] >= accuracy and figures["one_ink"] >= one_ink and found < fid

@@ -34,14 +34,14 @@ def test_a_style_of_another_licence_is_refused_by_name(monkeypatch, tmp_path, ca
 
 def test_the_pictures_are_the_recorded_ones():
     """Another version of a package may draw other pictures; then the versions in pyproject.toml are wrong."""
-    drawn = [characters.draw(name, 0).resize((24, 24), Image.Resampling.BOX) for name in characters.STYLES]
+    drawn = [characters.paint(name, 0).resize((24, 24), Image.Resampling.BOX) for name in characters.STYLES]
     row = np.concatenate(drawn, axis=1)
     assert np.abs(row.astype(int) - np.asarray(Image.open(FIRST)).astype(int)).max() <= 2
 
 
 def test_pictures_differ_by_number_seed_and_class():
-    drawn = [characters.draw(*which).tobytes() for which in (("mood", 0), ("mood", 1), ("mood", 0, 1), ("clay", 0))]
-    assert len(set(drawn)) == 4 and drawn[0] == characters.draw("mood", 0).tobytes()
+    drawn = [characters.paint(*which).tobytes() for which in (("mood", 0), ("mood", 1), ("mood", 0, 1), ("clay", 0))]
+    assert len(set(drawn)) == 4 and drawn[0] == characters.paint("mood", 0).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 def test_a_picture_is_the_mean_of_five_by_five_pixels(folder):
     for name in ("peep", "waves"):
-        drawn = np.asarray(characters.draw(name, 1)).astype(float)
+        drawn = np.asarray(characters.paint(name, 1)).astype(float)
         mean = drawn.reshape(24, 5, 24, 5, 3).mean((1, 3))
         assert np.abs(np.asarray(Image.open(folder / name / "00001.png")) - mean).max() <= 1  # rounded once an axis
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from train.data.digits import INKS, Digits
-from train.evaluate.digits_metrics import digit_figures, grey8, hue_figures, hues, train_svm
+from train.evaluate.digits_metrics import digit_metrics, grey8, hue_metrics, hues, train_svm
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_hue_is_colorsys(rng):
 
 
 def test_real_digits_are_perfect(real):
-    figures = hue_figures(real)
+    figures = hue_metrics(real)
     assert figures["on_palette"] == 1 and figures["one_ink"] == 1
     assert 0.14 < figures["ink_min"] < figures["ink_max"] < 0.19
 
@@ -41,12 +41,12 @@ def test_real_digits_are_perfect(real):
 def test_hue_faults_show(data, real):
     orange = data.ink(data.grey, torch.zeros(1797, dtype=torch.long))
     orange[:, 1] = (orange[:, 0] + 1) / 2 - 1  # green at half of red: 30 degrees, off the palette
-    assert hue_figures(orange)["on_palette"] == 0
+    assert hue_metrics(orange)["on_palette"] == 0
     grey = data.grey.expand(-1, 3, -1, -1) * 2 - 1
-    assert hue_figures(grey)["on_palette"] == 0  # no hue at all is not on the palette
+    assert hue_metrics(grey)["on_palette"] == 0  # no hue at all is not on the palette
     halves = real.clone()
     halves[..., 8:] = real.roll(1, 0)[..., 8:]  # the right half from another image
-    figures = hue_figures(halves)
+    figures = hue_metrics(halves)
     assert figures["on_palette"] == 1 and figures["one_ink"] < 0.9
 
 
@@ -59,7 +59,7 @@ def test_svm_reads_inked_digits_it_never_saw(data):
 
 
 def test_all_figures_of_real_digits(data, real):
-    figures = digit_figures(real, data.labels, train_svm(data))
+    figures = digit_metrics(real, data.labels, train_svm(data))
     assert figures["accuracy"] > 0.99 and 0.09 < figures["class_min"] < figures["class_max"] < 0.11
-    others = digit_figures(real, (data.labels + 1) % 10, train_svm(data))
+    others = digit_metrics(real, (data.labels + 1) % 10, train_svm(data))
     assert others["accuracy"] < 0.01

@@ -30,7 +30,7 @@ from train.evaluate.baselines import has_diffusers
 from train.evaluate.figures import curves, markdown
 from train.evaluate.image_metrics import moments, quantise, saturation
 from train.evaluate.reference import DigitImages, load_reference, measure_reference, real_images
-from train.evaluate.settings import SOLVERS, Setting, draw, solve
+from train.evaluate.settings import SOLVERS, Setting, sample_images, solve
 from train.evaluate.subject import classes_in_data, digest, likelihood, old_digest, open_subject
 from train.folder import locked
 from train.vae import Decoder, load_vae
@@ -86,14 +86,14 @@ def test_settings_are_the_cores_own_solvers(files):
     with torch.no_grad():
         denoiser = GMDenoiser(checkpoint.model, labels, 0.4)
         want = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43)
-        assert torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="published"), labels, 3), want)
+        assert torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="published"), labels, 3), want)
         limited = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43, second_order=SecondOrder(tilt="limited"))
-        assert torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="limited"), labels, 3), limited)
-        assert not torch.equal(draw(checkpoint, Setting("gm-ode2", 3, 0.4, substeps=1), labels, 3), want)
+        assert torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="limited"), labels, 3), limited)
+        assert not torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, substeps=1), labels, 3), want)
         noise = lambda s, t: torch.randn(x.shape, generator=generator)  # noqa: E731
         want = sample_gm_sde(denoiser, x, flow_sigmas(3), order=1, spectrum=checkpoint.spectrum, noise_sampler=noise)
-        assert torch.equal(draw(checkpoint, Setting("gm-sde1", 3, 0.4), labels, 3), want)
-        assert not torch.equal(draw(checkpoint, Setting("gm-sde1", 3, 0.4, spectral=False), labels, 3), want)
+        assert torch.equal(sample_images(checkpoint, Setting("gm-sde1", 3, 0.4), labels, 3), want)
+        assert not torch.equal(sample_images(checkpoint, Setting("gm-sde1", 3, 0.4, spectral=False), labels, 3), want)
 
 
 @pytest.mark.parametrize("change", [
@@ -103,7 +103,7 @@ def test_settings_are_the_cores_own_solvers(files):
 def test_every_switch_changes_the_samples(files, change):
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(3)
     plain = dict(solver="gm-ode2", steps=3, guidance=0.4)
-    a, b = draw(checkpoint, Setting(**plain), labels, 1), draw(checkpoint, Setting(**(plain | change)), labels, 1)
+    a, b = (sample_images(checkpoint, Setting(**s), labels, 1) for s in (plain, plain | change))
     assert a.isfinite().all() and b.isfinite().all() and not torch.allclose(a, b, atol=1e-4)
 
 
@@ -230,17 +230,18 @@ def test_a_sweep_is_resumed_and_added_to(files, tmp_path, quick, monkeypatch, ca
     assert len(first) == 2 * 2 * 4
     row = next(r for r in first if r["solver"] == "gm-ode2" and r["steps"] == 2 and r["guidance"] == 0.3)
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(12) % 10
-    x = torch.cat([draw(checkpoint, Setting("gm-ode2", 2, 0.3), part, i) for i, part in enumerate(labels.split(6))])
+    setting = Setting("gm-ode2", 2, 0.3)
+    x = torch.cat([sample_images(checkpoint, setting, part, i) for i, part in enumerate(labels.split(6))])
     assert row["saturation"] == pytest.approx(saturation(quantise(x)).mean().item(), rel=1e-4)
     assert {"fid", "precision", "recall", "overshoot", "accuracy", "on_palette", "one_ink",
             "images_per_second"} <= set(row)
     assert Image.open(out / row["picture"]).size == (2 + 5 * 50, 2 + 2 * 50)
 
-    monkeypatch.setattr(evaluate, "draw", lambda *_: pytest.fail("a finished row is sampled again"))
+    monkeypatch.setattr(evaluate, "sample_images", lambda *_: pytest.fail("a finished row is sampled again"))
     assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2,
                "--out", out) == 0
     assert rows(out) == first
-    monkeypatch.setattr(evaluate, "draw", draw)
+    monkeypatch.setattr(evaluate, "sample_images", sample_images)
     assert run(files["k3"], files["vanilla"], "--data", "digits", "--steps", 1, 2, "--out", out) == 0
     assert len(rows(out)) == len(first) + 4 + 2 and rows(out)[: len(first)] == first
     content = json.loads((out / RESULTS).read_text())

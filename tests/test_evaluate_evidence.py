@@ -47,7 +47,7 @@ def test_one_gaussian_has_the_mixtures_moments(rng):
 
 
 def test_true_digits_are_in_their_inks():
-    truth = Truth.draw(Digits.load(), 24, torch.Generator().manual_seed(0))
+    truth = Truth.choose(Digits.load(), 24, torch.Generator().manual_seed(0))
     assert truth.labels[:12].tolist() == [*range(10), 0, 1] and set(truth.inks.tolist()) <= set(range(len(INKS)))
     assert torch.equal(dominant_inks(truth.images), truth.inks)
     assert dominant_inks(-torch.ones(1, 3, 4, 4)).tolist() == [-1] and "tilt + echo" in METHODS

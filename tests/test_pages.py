@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from train.data.digits import Digits
-from train.evaluate.digits_metrics import digit_figures, train_svm
+from train.evaluate.digits_metrics import digit_metrics, train_svm
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "workflows" / "README.md"]
@@ -164,7 +164,7 @@ def test_python_of_the_readme_paints_the_digits(tmp_path, monkeypatch):
     (block,) = code(PAGES[0], "python")
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
     names = run(block.replace('"digits.png"', f'"{tmp_path / "digits.png"}"'), monkeypatch)
-    assert digit_figures(names["images"], torch.arange(10), train_svm(Digits.load()))["accuracy"] >= 0.9
+    assert digit_metrics(names["images"], torch.arange(10), train_svm(Digits.load()))["accuracy"] >= 0.9
     assert names["posterior"].weights.shape[1] == 8
     torch.testing.assert_close(names["posterior"].weights.sum(1), torch.ones(10, 1, 16, 16))
     assert (tmp_path / "digits.png").stat().st_size > 1000

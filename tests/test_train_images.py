@@ -123,7 +123,7 @@ def test_a_batch_is_a_function_of_the_generator(folder):
     assert torch.equal(images, again) and torch.equal(labels, same)
     assert images.shape == (64, 3, 16, 16) and images.min() >= -1 and images.max() <= 1
     assert set(labels.tolist()) == {0, 1, 2}
-    choice = data.draw(64, step_generator(0, 5))
+    choice = data.choose(64, step_generator(0, 5))
     part, part_labels = data.fetch(choice[16:32])
     assert torch.equal(part, images[16:32]) and torch.equal(part_labels, labels[16:32])
 

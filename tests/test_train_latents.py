@@ -79,9 +79,9 @@ def test_a_batch_is_a_function_of_the_generator_and_mirrors(folder, tmp_path):
     latents, labels = data.batch(64, step_generator(0, 1))
     again, same = Latents.load(tmp_path / "out").batch(64, step_generator(0, 1))
     assert torch.equal(latents, again) and torch.equal(labels, same) and latents.dtype == torch.float32
-    choice = data.draw(64, step_generator(0, 1))
+    choice = data.choose(64, step_generator(0, 1))
     assert torch.equal(data.fetch(choice[8:16])[0], latents[8:16]) and set(choice[:, 1].tolist()) == {0, 1}
-    assert not Latents.load(tmp_path / "out", flip=False).draw(64, step_generator(0, 1))[:, 1].any()
+    assert not Latents.load(tmp_path / "out", flip=False).choose(64, step_generator(0, 1))[:, 1].any()
 
 
 def test_an_interrupted_encoding_goes_on(folder, tmp_path):

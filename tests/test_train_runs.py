@@ -367,7 +367,7 @@ def test_held_out_data_is_never_trained_on(tmp_path):
     whole, held = trainer.data.whole, trainer.held_out
     assert len(trainer.data) + len(held) == len(whole) and len(held) == round(0.25 * len(whole))
     assert not set(trainer.data.indices.tolist()) & set(held.indices.tolist())
-    drawn = trainer.data.draw(5000, torch.Generator().manual_seed(0))[:, 0]
+    drawn = trainer.data.choose(5000, torch.Generator().manual_seed(0))[:, 0]
     assert not set(drawn.tolist()) & set(held.indices.tolist()) and len(set(drawn.tolist())) > 1000
     first = trainer.held_out_figures()
     assert first == trainer.held_out_figures() and set(first) == {"holdout_loss", "holdout_nll"}

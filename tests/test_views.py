@@ -15,7 +15,7 @@ from gmflow_core.inspection import views
 from gmflow_core.inspection.beliefs import reorder, weight_entropy
 from gmflow_core.inspection.charts import REST, Axes, component_colour, marginal_density, marginal_grid, share_chart
 from gmflow_core.inspection.pixels import save_pixels
-from gmflow_core.inspection.scene import ORDERS, look, ordered
+from gmflow_core.inspection.scene import ARRANGEMENTS, arranged, look
 from gmflow_core.inspection.statistics import statistics
 from gmflow_core.inspection.tiles import evened
 from gmflow_core.inspection.trace import Recorder, Trace, TraceStep, pick
@@ -164,13 +164,13 @@ def test_every_view_draws(rng, view, k, c, size):
 
 def test_orders(rng):
     cond = mixture(rng, b=1)
-    assert torch.equal(ordered(cond, "raw", 8).means, cond.means)
-    ranked = ordered(cond, "ranked", 8)
+    assert torch.equal(arranged(cond, "raw", 8).means, cond.means)
+    ranked = arranged(cond, "ranked", 8)
     assert (ranked.weights[:, :-1] >= ranked.weights[:, 1:]).all()
-    for order in ORDERS:
-        assert ordered(cond, order, 3).components == 3
-        torch.testing.assert_close(ordered(cond, order, 99).mean(), cond.mean())
-    torch.testing.assert_close(ordered(cond, "aligned", 3).mean(), cond.mean())  # merged, nothing lost
+    for order in ARRANGEMENTS:
+        assert arranged(cond, order, 3).components == 3
+        torch.testing.assert_close(arranged(cond, order, 99).mean(), cond.mean())
+    torch.testing.assert_close(arranged(cond, "aligned", 3).mean(), cond.mean())  # merged, nothing lost
 
 
 def test_what_is_not_there_is_refused(rng):
@@ -219,7 +219,7 @@ def test_a_weight_of_zero_is_fine(rng):
     numbers = statistics(Trace((step,)))
     json.dumps(numbers, allow_nan=False)
     for view in VIEWS:
-        for order in ORDERS:
+        for order in ARRANGEMENTS:
             draw(Trace((step,)), view, 0, 0, order, 3, lambda x: x)
 
 
@@ -297,7 +297,7 @@ def test_pixels_for_a_page(rng, tmp_path, order, count):
                                       "raw": "components as the network"}[order])
     assert about["std"] == pytest.approx(pick(trace, 1, 2).corrected.log_std.exp().item(), abs=1e-6)
     assert len(about["colours"]) == count
-    shown = ordered(pick(trace, 1, 2).corrected, order, count, scene.centres)
+    shown = arranged(pick(trace, 1, 2).corrected, order, count, scene.centres)
     torch.testing.assert_close(tensors["weights"].float(), shown.weights[0, :, 0].permute(1, 2, 0),
                                atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(tensors["means"][3, 5].float(), shown.means[0, :, :, 3, 5], atol=1e-3, rtol=1e-3)

@@ -89,7 +89,7 @@ def _style(name: str):
     return Style(definition(STYLES[name]))
 
 
-def draw(name: str, index: int, seed: int = 0) -> Image.Image:
+def paint(name: str, index: int, seed: int = 0) -> Image.Image:
     """One picture of a class, RGB, 120 x 120."""
     from dicebear import Avatar
     from resvg_py import svg_to_bytes
@@ -110,7 +110,7 @@ def path_of(folder: Path, name: str, index: int) -> Path:
 def render(folder: Path, name: str, indices: list[int], size: int, seed: int) -> int:
     """Write some pictures of a class; their number."""
     for index in indices:
-        picture = draw(name, index, seed).resize((size, size), Image.Resampling.BOX)
+        picture = paint(name, index, seed).resize((size, size), Image.Resampling.BOX)
         write_atomically(path_of(folder, name, index), partial(picture.save, format="png"))
     return len(indices)
 

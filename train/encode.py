@@ -131,9 +131,9 @@ def encode_images(images: ImageList, chosen: range, encoder: Encoder, size, flip
         good = [i for i, image in decoded.items() if image is not None]
         if good:
             x = to_unit(torch.stack([decoded[i] for i in good]))
-            part = {"latents": draw(encoder, x, [2 * i for i in good]), "labels": images.labels[good]}
+            part = {"latents": sample_latents(encoder, x, [2 * i for i in good]), "labels": images.labels[good]}
             if flips:
-                part["flipped"] = draw(encoder, x.flip(-1), [2 * i + 1 for i in good])
+                part["flipped"] = sample_latents(encoder, x.flip(-1), [2 * i + 1 for i in good])
             parts.append(part)
         bar.update(len(asked))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -146,7 +146,7 @@ def encode_images(images: ImageList, chosen: range, encoder: Encoder, size, flip
     return tensors, broken
 
 
-def draw(encoder: Encoder, images: Tensor, seeds: list[int]) -> Tensor:
+def sample_latents(encoder: Encoder, images: Tensor, seeds: list[int]) -> Tensor:
     """A latent of each image (B,C,H,W), scaled and shifted, drawn with a seed of its own."""
     with torch.no_grad():
         mean, std = (part.float() for part in encoder.encode(images))

@@ -42,8 +42,8 @@ class Part(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def draw(self, size: int, generator: Generator) -> Tensor:
-        choice = self.whole.draw(size, generator)
+    def choose(self, size: int, generator: Generator) -> Tensor:
+        choice = self.whole.choose(size, generator)
         choice[:, 0] = self.indices[torch.randint(len(self), (size,), generator=generator)]
         return choice
 

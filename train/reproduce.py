@@ -96,7 +96,7 @@ def rows(baselines: bool) -> list[Row]:
 
 
 @torch.no_grad()
-def draw(model: nn.Module, solver: str, steps: int, x: Tensor, generator: torch.Generator) -> Tensor:
+def sample_points(model: nn.Module, solver: str, steps: int, x: Tensor, generator: torch.Generator) -> Tensor:
     """Samples (N,2) from noise x (N,2), by a solver of GM_SOLVERS, EULER or SCHEDULERS, in ``steps`` network calls."""
     reanchored = solver != ABLATION
     setting = Setting(KEYS[solver] if reanchored else "gm-ode2", steps, reanchored=reanchored, tilt="published")
@@ -109,7 +109,7 @@ def sample_all(models: dict[str, nn.Module], table: list[Row], points: int,
     x = torch.randn(points, 2, generator=torch.Generator().manual_seed(1)).to(device)
     samples = {}
     for row in tqdm(table, desc="sampling", unit="row"):
-        draws = (draw(models[row.model], row.solver, n, x, torch.Generator().manual_seed(2)) for n in STEPS)
+        draws = (sample_points(models[row.model], row.solver, n, x, torch.Generator().manual_seed(2)) for n in STEPS)
         samples[row] = [y.cpu() for y in draws]
     return samples
 

@@ -105,7 +105,7 @@ def step_inputs(config: TrainConfig, data: Dataset, step: int, part: slice = sli
     """The inputs of a step. All of its batch is drawn, whatever part is asked for:
     the draws are the same in any team."""
     n, generator = config.batch_size, step_generator(config.seed, step)
-    choice = data.draw(n, generator)
+    choice = data.choose(n, generator)
     normal = config.time_distribution == "logit-normal"
     draws = torch.randn(n, generator=generator) if normal else torch.rand(n, generator=generator)
     sigma = training_sigmas(draws, config.time_distribution, config.time_shift, config.time_mean, config.time_std)

@@ -88,10 +88,10 @@ def tilt_divergence(mixture: Mixture, factor: GaussianFactor) -> Tensor:
     return (expected - log_z).squeeze(1)
 
 
-def reorder(mixture: Mixture, order: Tensor) -> GaussianMixture:
-    """Permute each pixel's components: new component j is old component order[:, j]. order (B,K,1,*S)."""
-    means = mixture.means.gather(1, order.expand_as(mixture.means))
-    return GaussianMixture(means, mixture.log_weights.gather(1, order), mixture.log_std)
+def reorder(mixture: Mixture, permutation: Tensor) -> GaussianMixture:
+    """Permute each pixel's components: new component j is old component permutation[:, j]. (B,K,1,*S)."""
+    means = mixture.means.gather(1, permutation.expand_as(mixture.means))
+    return GaussianMixture(means, mixture.log_weights.gather(1, permutation), mixture.log_std)
 
 
 def rank(mixture: Mixture) -> GaussianMixture:
@@ -105,8 +105,8 @@ def align(mixture: Mixture, iterations: int = 20) -> GaussianMixture:
     Per image: the clusters of :func:`regions`, one for each component; then each pixel's K components
     are matched one to one with them, nearest pairs first. The mixture itself is unchanged at every pixel.
     """
-    order = _order(_points(mixture.means), regions(mixture, mixture.components, iterations).unsqueeze(1))
-    return reorder(mixture, order.reshape(mixture.log_weights.shape))
+    permutation = _permutation(_points(mixture.means), regions(mixture, mixture.components, iterations).unsqueeze(1))
+    return reorder(mixture, permutation.reshape(mixture.log_weights.shape))
 
 
 def follow(mixture: Mixture, previous: Mixture) -> GaussianMixture:
@@ -114,11 +114,11 @@ def follow(mixture: Mixture, previous: Mixture) -> GaussianMixture:
 
     At every pixel the K components are matched one to one with the K of ``previous``, nearest means first,
     after each of the two sets is centred: what all components of a pixel move by together does not matter,
-    nor the network's order. What each moves by itself should be less than half its distance to the others.
+    nor the network's permutation. What each moves by itself should be less than half its distance to the others.
     """
     centred = lambda m: m.means - m.means.mean(1, keepdim=True)  # noqa: E731
-    order = _order(_points(centred(mixture)), _points(centred(previous)))
-    return reorder(mixture, order.reshape(mixture.log_weights.shape))
+    permutation = _permutation(_points(centred(mixture)), _points(centred(previous)))
+    return reorder(mixture, permutation.reshape(mixture.log_weights.shape))
 
 
 def regions(mixture: Mixture, count: int, iterations: int = 20) -> Tensor:
@@ -157,33 +157,34 @@ def _flat(mixture: Mixture) -> tuple[Tensor, Tensor]:
     return _points(mixture.means), mixture.weights.flatten(2).movedim(-1, 1)
 
 
-def _order(points: Tensor, targets: Tensor) -> Tensor:
-    """order (B,K,S): which of a pixel's points (B,S,K,C) goes to each of the targets (B,S|1,K,C)."""
+def _permutation(points: Tensor, targets: Tensor) -> Tensor:
+    """permutation (B,K,S): which of a pixel's points (B,S,K,C) goes to each of the targets (B,S|1,K,C)."""
     block = max(1, BLOCK // points.shape[2] ** 2)                               # of pixels, for memory
-    order = [
+    permutation = [
         torch.cat([_match(*pair) for pair in zip(p.split(block), t.expand_as(p).split(block), strict=True)])
         for p, t in zip(points, targets, strict=True)
     ]
-    return torch.stack(order).movedim(1, -1)
+    return torch.stack(permutation).movedim(1, -1)
 
 
 def _match(means: Tensor, targets: Tensor) -> Tensor:
-    """order (S,K): which of a pixel's components (S,K,C) goes to each target (S,K,C), one to one, nearest pairs first.
+    """permutation (S,K): which of a pixel's components (S,K,C) goes to each target (S,K,C), one to one, nearest
+    pairs first.
 
     A pair that is each other's nearest is never taken apart by a nearer one: all such pairs are taken at once.
     """
     distance = _distances(means, targets)                                       # (S,component,target)
-    order = torch.zeros(means.shape[:2], dtype=torch.int64, device=means.device)
+    permutation = torch.zeros(means.shape[:2], dtype=torch.int64, device=means.device)
     each = torch.arange(means.shape[1], device=means.device)
-    left, todo = torch.arange(len(means), device=means.device), torch.full_like(order[:, 0], means.shape[1])
+    left, todo = torch.arange(len(means), device=means.device), torch.full_like(permutation[:, 0], means.shape[1])
     while True:
         gap, suitor = distance.min(1)                                           # (S,target)
         mutual = (distance.argmin(2).gather(1, suitor) == each) & gap.isfinite()
         pixel, target = mutual.nonzero(as_tuple=True)
         if len(pixel) == 0:
-            return order
+            return permutation
         component = suitor[pixel, target]
-        order[left[pixel], target] = component
+        permutation[left[pixel], target] = component
         distance[pixel, component] = torch.inf
         distance[pixel, :, target] = torch.inf
         todo = todo - mutual.sum(1)

@@ -39,7 +39,7 @@ def save_pixels(scene: Scene, path: Path, colours: Decode) -> bool:
         "entropy": weight_entropy(whole)[0].half(), "rgb": rgb.permute(1, 2, 0, 3),
     }
     about = {
-        "title": scene.title, "parts": PARTS[scene.order], "components": whole.components,
+        "title": scene.title, "parts": PARTS[scene.arrangement], "components": whole.components,
         "std": round(float(whole.log_std.mean().exp()), 6),
         "bits": math.log2(whole.components), "colours": component_colours(count),
     }

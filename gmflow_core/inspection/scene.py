@@ -17,22 +17,22 @@ from .statistics import check_count, first_regions
 from .tiles import tile, tile_size
 from .trace import Trace, TraceStep, pick
 
-ORDERS = ("aligned", "ranked", "raw")
+ARRANGEMENTS = ("aligned", "ranked", "raw")
 
 Decode = Callable[[Tensor], Tensor]
 
 
-def ordered(mixture: Mixture, order: str, count: int, centres: Tensor | None = None) -> GaussianMixture:
+def arranged(mixture: Mixture, arrangement: str, count: int, centres: Tensor | None = None) -> GaussianMixture:
     """At most ``count`` components, comparable over the image (aligned), by weight per pixel (ranked) or as they are.
 
     ``centres``: the hypotheses of the trajectory, for ``aligned``; None for the mixture's own.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if arrangement not in ARRANGEMENTS:
+        raise ValueError(f"order must be one of {', '.join(ARRANGEMENTS)}, got {arrangement!r}")
     count = min(count, mixture.components)
-    if order == "aligned":
+    if arrangement == "aligned":
         return hypotheses(mixture, count, centres)
-    mixture = rank(mixture) if order == "ranked" else mixture
+    mixture = rank(mixture) if arrangement == "ranked" else mixture
     return GaussianMixture(mixture.means[:, :count], mixture.log_weights[:, :count], mixture.log_std)
 
 
@@ -44,7 +44,7 @@ class Scene:
     image: int
     number: int                   # of the step, from 0
     step: TraceStep
-    order: str
+    arrangement: str
     count: int
     decode: Decode
     pixel: tuple[int, int]        # (x, y) in the latent
@@ -66,7 +66,7 @@ class Scene:
 
     @cached_property
     def centres(self) -> Tensor | None:
-        return first_regions(self.trace, self.image, self.count) if self.order == "aligned" else None
+        return first_regions(self.trace, self.image, self.count) if self.arrangement == "aligned" else None
 
     @cached_property
     def mixture(self) -> GaussianMixture:
@@ -74,7 +74,7 @@ class Scene:
         return self.arranged(self.step)
 
     def arranged(self, step: TraceStep) -> GaussianMixture:
-        return ordered(step.corrected, self.order, self.count, self.centres)
+        return arranged(step.corrected, self.arrangement, self.count, self.centres)
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -113,11 +113,11 @@ class Scene:
         shown, all_ = self.mixture.components, self.step.corrected.components
         if all_ == 1:
             return ""
-        if self.order == "aligned":
+        if self.arrangement == "aligned":
             many = f"{shown} hypotheses" if shown > 1 else "one hypothesis"
             return (f"The {all_} components of a pixel in {many}: clusters of the first step's means, "
                     "the same at every step.")
-        how = ("by falling weight: 1 is the heaviest everywhere" if self.order == "ranked"
+        how = ("by falling weight: 1 is the heaviest everywhere" if self.arrangement == "ranked"
                else "as the network numbers them")
         if shown == all_:
             return f"The {all_} components of each pixel {how}."
@@ -126,17 +126,18 @@ class Scene:
 
 
 def look(
-    trace: Trace, step: int, image: int, order: str, count: int, decode: Decode, pixel: tuple[int, int] | None = None,
+    trace: Trace, step: int, image: int, arrangement: str, count: int, decode: Decode,
+    pixel: tuple[int, int] | None = None,
     steady: bool = False,
 ) -> Scene:
     """The scene of a step and an image; ValueError if there is none. ``pixel`` is the latent's middle if None."""
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if arrangement not in ARRANGEMENTS:
+        raise ValueError(f"order must be one of {', '.join(ARRANGEMENTS)}, got {arrangement!r}")
     check_count(count)
     chosen = pick(trace, step, image)
     height, width = chosen.x.shape[-2:]
     pixel = (width // 2, height // 2) if pixel is None else pixel
-    return Scene(trace, image, step % len(trace.steps), chosen, order, count, checked(decode), pixel, steady)
+    return Scene(trace, image, step % len(trace.steps), chosen, arrangement, count, checked(decode), pixel, steady)
 
 
 def checked(decode: Decode) -> Decode:

@@ -34,7 +34,7 @@ FRAMES = 8  # steps in a strip of pictures, at most
 
 
 def draw(
-    trace: Trace, view: str, step: int, image: int, order: str, count: int, decode: Decode,
+    trace: Trace, view: str, step: int, image: int, arrangement: str, count: int, decode: Decode,
     pixel: tuple[int, int] | None = None, steady: bool = False,
 ):
     """One panel as a Pillow image; ValueError for a view, order, step, image or pixel that does not exist.
@@ -42,7 +42,7 @@ def draw(
     ``pixel`` is (x, y) in the latent, for the view of that name; its middle if None. ``steady``: colour scales are
     those of all steps, for an animation.
     """
-    return paint(look(trace, step, image, order, count, decode, pixel, steady), view)
+    return paint(look(trace, step, image, arrangement, count, decode, pixel, steady), view)
 
 
 def paint(scene: Scene, view: str):
@@ -83,7 +83,7 @@ def _winner_map(scene: Scene):
     Of all components, however many are shown; by rank it would be the first everywhere: then as the network numbers
     them.
     """
-    mixture = scene.mixture if scene.order == "aligned" else scene.step.corrected
+    mixture = scene.mixture if scene.arrangement == "aligned" else scene.step.corrected
     colours = component_colours(mixture.components)
     picture = (torch.tensor(colours) / 127.5 - 1)[dominant_component(mixture)[0]].movedim(-1, 0)[None]
     shares = dominance(mixture)[0].tolist()
@@ -94,7 +94,7 @@ def _winner_map(scene: Scene):
 
 def _winner_title(scene: Scene) -> str:
     return {"aligned": "heaviest hypothesis", "ranked": "heaviest component, as numbered by the network",
-            "raw": "heaviest component"}[scene.order]
+            "raw": "heaviest component"}[scene.arrangement]
 
 
 def _top_bits(scene: Scene) -> float:
@@ -117,7 +117,7 @@ def _shift(step: TraceStep) -> Tensor:
 
 def _components(scene: Scene):
     tiles = _captioned(scene, _means(scene), _columns(scene.mixture.components))
-    titles = ["mean", f"{NAMES[scene.order]} {FADING}"]
+    titles = ["mean", f"{NAMES[scene.arrangement]} {FADING}"]
     return sheet([[scene.tile(scene.mean), tiles]], [], titles, scene.title, scene.note)
 
 
@@ -126,13 +126,13 @@ def _weights(scene: Scene):
     maps = [scene.tile(image[None]) for image in heat(scene.mixture.weights[0, :, 0], 0, top)]
     row = [scene.tile(scene.mean), _captioned(scene, maps, _columns(scene.mixture.components)),
            scene.bar(top, "", beyond)]
-    return sheet([row], [], ["mean", f"weight of each {ONE[scene.order]}, and its average", ""],
+    return sheet([row], [], ["mean", f"weight of each {ONE[scene.arrangement]}, and its average", ""],
                  scene.title, scene.note)
 
 
 def _winners(scene: Scene):
     cells = [scene.tile(scene.mean), *_winner_map(scene)]
-    note = scene.note if scene.order == "aligned" else ""
+    note = scene.note if scene.arrangement == "aligned" else ""
     return sheet([cells], [], ["mean", _winner_title(scene), ""], scene.title, note)
 
 
@@ -187,7 +187,7 @@ def _charts(scene: Scene, width: int, wide: int | None = None) -> dict:
     within = Series("within", [s["std_within"] for s in numbers])
     shares = [mean_weights(scene.arranged(step))[0].tolist() for step in scene.steps]
     return {
-        "weights": share_chart(f"weights of the {NAMES[scene.order]}, %", sigmas, shares,
+        "weights": share_chart(f"weights of the {NAMES[scene.arrangement]}, %", sigmas, shares,
                                (wide or width, size[1]), now),
         "entropy": lines("entropy, bits", of("entropy_bits", "entropy"), top=1.05 * _top_bits(scene)),
         "effective": lines("effective components", of("effective_components", "components"), top=1.05 * components,
@@ -249,7 +249,7 @@ def _sheet(scene: Scene):
         *scene.maps("x_0", _between), *_winner_map(scene),
     ]
     titles = ["x_t", "mean", "entropy", "", "std between components", "", _winner_title(scene), ""]
-    count, name = scene.mixture.components, NAMES[scene.order].capitalize()
+    count, name = scene.mixture.components, NAMES[scene.arrangement].capitalize()
     name = name if count <= 16 else f"{name}: the first 16 of {count}"
     tiles = _captioned(scene, _means(scene, 16), 8 if scene.size[0] <= scene.size[1] * 1.5 else 4)
     parts = [

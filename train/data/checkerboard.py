@@ -24,7 +24,7 @@ class Checkerboard(Dataset):
     def load(cls) -> Checkerboard:
         return cls()
 
-    def draw(self, size: int, generator: Generator) -> Tensor:
+    def choose(self, size: int, generator: Generator) -> Tensor:
         """The points themselves: (B,2)."""
         cell = torch.randint(8, (size,), generator=generator)
         row = cell // 2

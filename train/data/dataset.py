@@ -10,7 +10,7 @@ from gmflow_core.model import LatentSpace
 class Dataset:
     """What a trainer needs to know: ``latent_space``, ``class_names`` (None: no labels), the ``shape`` of a sample.
 
-    A batch comes in two halves, so that a process can fetch its part of it alone: ``draw`` is cheap,
+    A batch comes in two halves, so that a process can fetch its part of it alone: ``choose`` is cheap,
     ``fetch`` may have to read files.
     """
 
@@ -23,7 +23,7 @@ class Dataset:
         """The number of different samples; 0 where they are made up."""
         return 0
 
-    def draw(self, size: int, generator: Generator) -> Tensor:
+    def choose(self, size: int, generator: Generator) -> Tensor:
         """The choice of a batch: (size, ...), a row a sample."""
         raise NotImplementedError
 
@@ -32,4 +32,4 @@ class Dataset:
         raise NotImplementedError
 
     def batch(self, size: int, generator: Generator) -> tuple[Tensor, Tensor | None]:
-        return self.fetch(self.draw(size, generator))
+        return self.fetch(self.choose(size, generator))

@@ -45,7 +45,7 @@ class Digits(Dataset):
         colours = torch.tensor(list(INKS.values()), dtype=grey.dtype, device=grey.device)
         return 2 * grey * colours[inks][:, :, None, None] - 1
 
-    def draw(self, size: int, generator: Generator) -> Tensor:
+    def choose(self, size: int, generator: Generator) -> Tensor:
         """[index, ink] of each sample: (B,2)."""
         index = torch.randint(len(self), (size,), generator=generator)
         return torch.stack([index, torch.randint(len(INKS), (size,), generator=generator)], dim=1)

@@ -160,7 +160,7 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.images.paths)
 
-    def draw(self, size: int, generator: Generator) -> Tensor:
+    def choose(self, size: int, generator: Generator) -> Tensor:
         """[index, mirrored] of each sample: (B,2)."""
         index = torch.randint(len(self), (size,), generator=generator)
         mirrored = torch.randint(2, (size,), generator=generator) * self.flip

@@ -57,7 +57,7 @@ class Latents(Dataset):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def draw(self, size: int, generator: Generator) -> Tensor:
+    def choose(self, size: int, generator: Generator) -> Tensor:
         """[index, mirrored] of each sample: (B,2)."""
         index = torch.randint(len(self), (size,), generator=generator)
         return torch.stack([index, torch.randint(2, (size,), generator=generator) * self.flip], dim=1)

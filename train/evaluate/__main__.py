@@ -30,7 +30,7 @@ from ..console import say
 from ..data.digits import Digits
 from ..folder import locked
 from ..runlog import short
-from .digits_metrics import digit_figures, train_svm
+from .digits_metrics import digit_metrics, train_svm
 from .features import Features, digits_features, inception, of_pixels, train_classifier
 from .figures import markdown, save_figures
 from .image_metrics import (
@@ -44,7 +44,7 @@ from .image_metrics import (
     saturation,
 )
 from .reference import Images, Reference, file_digest, load_reference, measure_reference, real_images, save_reference
-from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting, draw
+from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting, sample_images
 from .subject import Subject, classes_in_data, likelihood, old_digest, open_subject
 
 RESULTS, REFERENCE, SAMPLES = "results.json", "reference.safetensors", "samples"
@@ -64,7 +64,7 @@ def sample_features(subject: Subject, setting: Setting, features: Features, judg
                                   leave=False)):
         start = time.perf_counter()
         # A batch's seed depends on its place alone: the same noise for every setting.
-        x = subject.images(draw(subject.checkpoint, setting, part, (options.seed << 20) + i))
+        x = subject.images(sample_images(subject.checkpoint, setting, part, (options.seed << 20) + i))
         seconds += time.perf_counter() - start
         if not x.isfinite().all():
             raise ValueError(f"{subject.name}, {setting.title}, {setting.steps} steps: samples are not finite")
@@ -138,7 +138,7 @@ def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
 def judges(network: str, images: Images, weights: str | None, device) -> tuple[Features, Judge | None, dict]:
     """The feature network that was asked for, what it or another judges samples by, and what the results say of it."""
     if network == "digits":
-        return digits_features(images.data), partial(digit_figures, svm=train_svm(Digits.load())), {}
+        return digits_features(images.data), partial(digit_metrics, svm=train_svm(Digits.load())), {}
     if network == "inception":
         return inception(weights, device), None, {}
     classifier = train_classifier(images)

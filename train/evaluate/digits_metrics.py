@@ -53,7 +53,7 @@ def dominant_inks(images: Tensor) -> Tensor:
     return torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
 
 
-def hue_figures(images: Tensor) -> dict[str, float]:
+def hue_metrics(images: Tensor) -> dict[str, float]:
     """Of inked pixels: the share within 15 degrees of any ink, and of their own image's ink; and the inks' shares."""
     votes, total = ink_votes(images)
     shares = torch.bincount(votes.argmax(1), minlength=len(INKS)) / len(images)
@@ -64,15 +64,15 @@ def hue_figures(images: Tensor) -> dict[str, float]:
     }
 
 
-def digit_figures(images: Tensor, labels: Tensor, svm) -> dict[str, float]:
+def digit_metrics(images: Tensor, labels: Tensor, svm) -> dict[str, float]:
     """Figures of images (N,3,16,16) in [-1,1] that were asked for as ``labels`` (N,).
 
     ``accuracy``: the share that the SVM reads as asked for; ``class_min``, ``class_max``: the rarest and the most
-    frequent class as it reads them; ``on_palette``, ``one_ink``, ``ink_min``, ``ink_max``: see :func:`hue_figures`.
+    frequent class as it reads them; ``on_palette``, ``one_ink``, ``ink_min``, ``ink_max``: see :func:`hue_metrics`.
     """
     read = torch.from_numpy(svm.predict(grey8(images).numpy()))
     shares = torch.bincount(read, minlength=10) / len(read)
     return {
-        "accuracy": (read == labels).float().mean().item(), **hue_figures(images),
+        "accuracy": (read == labels).float().mean().item(), **hue_metrics(images),
         "class_min": shares.min().item(), "class_max": shares.max().item(),
     }

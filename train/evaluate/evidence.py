@@ -23,7 +23,7 @@ from gmflow_core.pictures import image_grid
 
 from ..console import say
 from ..data.digits import Digits
-from .digits_metrics import dominant_inks, grey8, hue_figures, train_svm
+from .digits_metrics import dominant_inks, grey8, hue_metrics, train_svm
 from .evidence_methods import CALLS, METHODS, Problem
 from .evidence_tasks import TASKS, Task, Truth
 from .features import digits_features
@@ -51,7 +51,7 @@ class Judge:
         read = torch.from_numpy(self.svm.predict(grey8(images).numpy())) == labels
         precision, recall = precision_recall(self.reference.features, self.reference.radius,
                                              self.features(quantise(images)))
-        return {"read": read.float().mean().item(), "one_ink": hue_figures(images)["one_ink"], "precision": precision,
+        return {"read": read.float().mean().item(), "one_ink": hue_metrics(images)["one_ink"], "precision": precision,
                 "recall": recall}
 
 
@@ -121,7 +121,7 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     args.out.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     generator = torch.Generator().manual_seed(args.seed)
-    truth = Truth.draw(data, args.samples, generator)
+    truth = Truth.choose(data, args.samples, generator)
     noise = torch.randn(truth.images.shape, generator=generator)
     judge = Judge(data)
     for guidance in args.guidance:

@@ -31,7 +31,7 @@ class Truth:
     inks: Tensor
 
     @classmethod
-    def draw(cls, data: Digits, count: int, generator: torch.Generator) -> Truth:
+    def choose(cls, data: Digits, count: int, generator: torch.Generator) -> Truth:
         labels, pick = torch.arange(count) % 10, lambda n: int(torch.randint(n, (1,), generator=generator))  # noqa: E731
         members = [(data.labels == label).nonzero().flatten() for label in range(10)]
         index = torch.stack([members[label][pick(len(members[label]))] for label in labels.tolist()])

@@ -117,7 +117,7 @@ def train_digits_net(data: Digits, seed: int = 0) -> DigitsNet:
         net, generator = DigitsNet(), torch.Generator().manual_seed(seed)
 
         def loss() -> Tensor:
-            choice = data.draw(BATCH, generator)
+            choice = data.choose(BATCH, generator)
             images, labels = data.fetch(choice)
             classes, inks = net(quantise(shifted(images, generator)))
             return F.cross_entropy(classes, labels) + F.cross_entropy(inks, choice[:, 1])

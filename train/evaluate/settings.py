@@ -98,7 +98,7 @@ def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None,
 
 
 @torch.no_grad()
-def draw(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) -> Tensor:
+def sample_images(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) -> Tensor:
     """One sample (B,C,H,W) for each label (B,), on the model's device; the noise depends on the seed alone."""
     model, config = checkpoint.model, checkpoint.config
     device = next(model.parameters()).device
