@@ -50,7 +50,11 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
     """Probabilistic guidance: GM samplers get the guided mixture, others its mean. Vanilla CFG is the core's own."""
 
     guidance, told = Guidance(), False
-    uses_evidence = True  # itself, on each posterior before it guides
+
+    @property
+    def uses_evidence(self) -> bool:
+        """Itself, on each role's posterior before it guides. Vanilla CFG is the core's: there it comes after."""
+        return not self.guidance.vanilla
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         options, info = {} if model_options is None else model_options, model_info(self)
@@ -92,7 +96,6 @@ class GMFlowGuider(comfy.samplers.CFGGuider):
                 model_options=options, cond=conds[0], uncond=conds[-1],
             )
         return shifted(guided, info.enter(patched))
-
 
     def posteriors(self, roles: list[str], x, timestep, options: dict, capture: Capture) -> tuple[list, list]:
         """The mixtures of these roles, and the host's means of them."""

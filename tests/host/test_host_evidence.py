@@ -104,6 +104,20 @@ def test_a_core_guider_conditions_afterwards(digits, painted, checkpoint):  # no
     assert_same(found, expected)
 
 
+def test_vanilla_cfg_of_our_guider_conditions_as_the_core_s_does(digits, painted):
+    """It goes through the core's CFG, so evidence comes after it, with a GM sampler and with a core one."""
+    g = digits(batch=2, labels="2")
+    model = hinted(g, painted(MAGENTA))
+    ours = g.add("GMFlowGuider", model=model, positive=g.positive, negative=g.negative, method="vanilla CFG",
+                 cfg_scale=2.0)
+    core = g.add("CFGGuider", model=model, positive=g.positive, negative=g.negative, cfg=2.0)
+    plain = g.add("CFGGuider", model=g.model, positive=g.positive, negative=g.negative, cfg=2.0)
+    for sampler in (g.add("SamplerGMFlowODE"), g.add("KSamplerSelect", sampler_name="euler")):
+        found, expected, without = (g.latents(g.custom(sampler, guider, steps=4)) for guider in (ours, core, plain))
+        assert_same(found, expected)
+        assert (found - without).abs().mean() > 0.01
+
+
 def test_a_core_sampler_gets_the_tilted_mean(digits, painted, checkpoint):  # noqa: F811
     """Euler on the mean of the tilted posterior: by hand, with the formula for a colour."""
     g = digits(batch=2, labels="2")
