@@ -12,14 +12,14 @@ from .sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
 from .solver import SecondOrder
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-BUNDLED = MODELS / "gmdit_digits.safetensors"
+BUNDLED = MODELS / "gmdit_characters.safetensors"
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m gmflow_core", description="Gaussian mixture flow matching without ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="sample the bundled digits model and draw what it believes")
+    demo = commands.add_parser("demo", help="sample the bundled model and draw what it believes")
     demo.add_argument("--out", type=Path, default=Path("output"), help="folder of the pictures (default output)")
     demo.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 

@@ -1,4 +1,4 @@
-"""``python -m gmflow_core demo``: pictures of what the method does, from the bundled digits model."""
+"""``python -m gmflow_core demo``: pictures of what the method does, from the bundled model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .sampler import SOLVERS, SamplerOptions
 from .solver import StepInfo
 
 STEPS = (1, 2, 4, 8)
-GUIDANCE = (0.0, 0.3, 0.6)
-SUBJECT = 3      # the class whose beliefs are drawn
-ZOOM = 4
+GUIDANCE = (0.0, 0.4, 0.7)
+SUBJECT = "critter"  # the class whose beliefs are drawn
+COLUMNS = 8
+ZOOM = 3
 
 
 def demo(checkpoint_path: Path, out: Path, seed: int = 0) -> list[Path]:
     """Sample, draw, say where; returns the pictures' paths."""
     if not checkpoint_path.exists():
         raise FileNotFoundError(f"the bundled checkpoint {checkpoint_path} is missing; train one: "
-                                "python -m train --preset digits")
+                                "python -m train --preset characters")
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint(checkpoint_path)
     pictures = {"solvers": draw_solvers, "guidance": draw_guidance, "beliefs": draw_beliefs}
@@ -43,28 +44,28 @@ def demo(checkpoint_path: Path, out: Path, seed: int = 0) -> list[Path]:
 
 
 def draw_solvers(checkpoint: Checkpoint, seed: int):
-    """GM-ODE 2 and GM-SDE 2 at 1, 2, 4 and 8 network steps: the ten digits, twice."""
-    labels = list(range(10))
+    """GM-ODE 2 and GM-SDE 2 at 1, 2, 4 and 8 network steps: one picture of every class, twice."""
+    labels = list(range(checkpoint.config.num_classes))
     cells = []
     for steps in STEPS:
         row = [
-            sample_images(checkpoint, labels, SamplerOptions(solver), steps=steps, guidance=0.3, seed=seed)
+            sample_images(checkpoint, labels, SamplerOptions(solver), steps=steps, guidance=0.4, seed=seed)
             for solver in SOLVERS
         ]
-        cells.append([image_grid(images, 10, scale=3) for images in row])
+        cells.append([image_grid(images, COLUMNS, scale=2) for images in row])
     titles = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
-    return sheet(cells, titles, [SamplerOptions(solver).title for solver in SOLVERS], "Digits in a few network steps",
-                 "probabilistic guidance 0.3, same noise in every row")
+    return sheet(cells, titles, [SamplerOptions(solver).title for solver in SOLVERS],
+                 "Characters in a few network steps", "probabilistic guidance 0.4, same noise in every row")
 
 
 def draw_guidance(checkpoint: Checkpoint, seed: int):
     """Probabilistic guidance at three scales, from the same noise."""
-    labels = [digit for digit in range(10) for _ in range(3)]
+    labels = [kind for kind in range(checkpoint.config.num_classes) for _ in range(3)]
     rows = [sample_images(checkpoint, labels, steps=8, guidance=w, seed=seed) for w in GUIDANCE]
-    cells = [[image_grid(_by_column(images, 3), 10, scale=3)] for images in rows]
+    cells = [[image_grid(_by_column(images, 3), len(labels) // 3, scale=2)] for images in rows]
     titles = [f"guidance {w:g}" for w in GUIDANCE]
     return sheet(cells, titles, [], "Probabilistic guidance",
-                 "GM-ODE 2, 8 steps, three samples of each digit, same noise in every block")
+                 "GM-ODE 2, 8 steps, three samples of each class, same noise in every block")
 
 
 def _by_column(images: Tensor, rows: int) -> Tensor:
@@ -75,7 +76,8 @@ def _by_column(images: Tensor, rows: int) -> Tensor:
 def draw_beliefs(checkpoint: Checkpoint, seed: int):
     """The mixture of the first steps of one image: x_t, its mean, its hypotheses, its entropy."""
     steps: list[StepInfo] = []
-    sample_images(checkpoint, [SUBJECT], steps=8, guidance=0.3, seed=seed, callback=steps.append)
+    subject = checkpoint.class_names.index(SUBJECT)
+    sample_images(checkpoint, [subject], steps=8, guidance=0.4, seed=seed, callback=steps.append)
     bits = math.log2(checkpoint.config.num_gaussians)
     cells, titles = [], []
     for step in steps[:6]:
@@ -91,7 +93,7 @@ def draw_beliefs(checkpoint: Checkpoint, seed: int):
         cells, titles, ["x_t", "mean", "hypotheses, with their share of the weight", "entropy"],
         f"What the mixture believes while drawing a {SUBJECT}",
         "All pixels' components in clusters of like colour: each tile is one cluster, bright where it has weight.\n"
-        "At high noise they are the inks that the model has not chosen between yet.",
+        "At high noise they are the grounds and the bodies that the model has not chosen between yet.",
     )
 
 

@@ -63,13 +63,14 @@ def small_picture(picture: Tensor, size: tuple[int, int], std: float) -> Evidenc
     return BlockEvidence(picture, block, std)
 
 
-def in_colour(centre: Tensor, size: tuple[int, int], std: float, what: str) -> Evidence:
-    """Hue evidence of one colour (3,) in [-1, 1] at all pixels of an image.
-    ValueError, naming ``what``, for one without."""
+def in_colour(centre: Tensor, size: tuple[int, int], std: float, what: str, mask: Tensor | None = None) -> Evidence:
+    """Hue evidence of one colour (3,) in [-1, 1] at the pixels of a mask (B,1,H,W); None is all pixels of an image.
+    Black, grey and white are no hue: with a mask that very colour is asked for, else ValueError, naming ``what``."""
     rgb = (centre.clamp(-1, 1) + 1) / 2
-    if float(rgb.max() - rgb.min()) < COLOURLESS:
+    coloured = float(rgb.max() - rgb.min()) >= COLOURLESS
+    if mask is None and not coloured:
         values = ", ".join(f"{v:.2f}" for v in rgb.tolist())
-        raise ValueError(f"{what} has no colour that could be asked for: "
-                         f"its centre is ({values}) of 0 to 1; choose another one")
-    picture = centre.reshape(1, 3, 1, 1).expand(1, 3, *size)
-    return hint(picture, torch.ones_like(picture[:, :1]), "hue", std)
+        raise ValueError(f"{what} has no colour that could be asked for everywhere: "
+                         f"its centre is ({values}) of 0 to 1; choose another one, or only its own pixels")
+    picture = centre.clamp(-1, 1).reshape(1, 3, 1, 1).expand(1, 3, *size)
+    return hint(picture, torch.ones_like(picture[:, :1]) if mask is None else mask, "hue" if coloured else "colour", std)

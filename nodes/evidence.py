@@ -18,6 +18,7 @@ from .trace_source import TraceSource
 
 STD = "How far it may be off, in units of the model's [-1, 1]: smaller is stricter."
 PREVIOUS = "More of what is known: both hold."
+WHERE = ("its pixels", "everywhere")
 OUTPUT = "For GMFlow Apply Evidence, or for previous of another one."
 
 
@@ -107,7 +108,7 @@ class GMFlowChoose(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "GMFlowChoose", "GMFlow Choose",
-            "Ask for one of the hypotheses that GMFlow Inspector shows: the image in that hypothesis' colour.",
+            "Ask for one of the hypotheses that GMFlow Inspector shows: the same image with that choice.",
             [
                 GMTrace.Input("trace", tooltip="Of a run that was undecided, from GMFlow KSampler or GMFlow Sampler "
                                                "Custom."),
@@ -119,6 +120,9 @@ class GMFlowChoose(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=0.05, max=100.0, step=0.05, round=0.01,
                                tooltip="1 asks, 5 insists: the colour may be off by 1 / strength, in units of the "
                                        "model's [-1, 1]."),
+                io.Combo.Input("where", options=list(WHERE), default=WHERE[0],
+                               tooltip="its pixels: as much as the hypothesis has weight at each; "
+                                       "everywhere: at all pixels alike."),
                 advanced(io.Int.Input("max_components", default=8, min=1, max=64,
                                       tooltip="As in the inspector, whose numbers depend on it.")),
                 GMEvidence.Input("previous", optional=True, tooltip=PREVIOUS),
@@ -128,20 +132,21 @@ class GMFlowChoose(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, trace, step, image, hypothesis, strength, max_components=8, previous=None) -> io.NodeOutput:
+    def execute(cls, trace, step, image, hypothesis, strength, where=WHERE[0], max_components=8,
+                previous=None) -> io.NodeOutput:
         if not isinstance(trace, TraceSource):
             raise ValueError(f"trace: got a {type(trace).__name__}; connect the trace of GMFlow KSampler or GMFlow "
                              f"Sampler Custom")
         check_std(strength, "strength")
-        centre = chosen_centre(trace.trace(), step, image, hypothesis, max_components)
-        part = Chosen(centre, 1 / strength, f"hypothesis {hypothesis}")
+        centre, mask = chosen(trace.trace(), step, image, hypothesis, max_components)
+        part = Chosen(centre, 1 / strength, f"hypothesis {hypothesis}", mask if where == "its pixels" else None)
         part.check(host.require_gmflow(trace.model))
         return io.NodeOutput(joined(previous, part))
 
 
-def chosen_centre(trace, step: int, image: int, number: int, count: int) -> torch.Tensor:
-    """The mean colour (C,) of a hypothesis at a step, over the image; numbers begin with 1. ValueError if there is "
-      "none."""
+def chosen(trace, step: int, image: int, number: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean colour (C,) of a hypothesis at a step and its weight (1,1,H,W) over its largest; numbers begin with 1.
+    ValueError if there is none."""
     centres = first_regions(trace, image, count)                                # (1,n,C)
     if not 1 <= number <= centres.shape[1]:
         raise ValueError(f"hypothesis: got {number}; this trace has hypotheses 1 to {centres.shape[1]} "
@@ -151,7 +156,8 @@ def chosen_centre(trace, step: int, image: int, number: int, count: int) -> torc
     if float(weights.sum()) < 1e-3:
         raise ValueError(f"hypothesis: {number} has no weight left at step {step}; choose an earlier step, or "
                          f"another one")
-    return (weights * merged.means[0, number - 1]).sum((-2, -1)) / weights.sum()
+    centre = (weights * merged.means[0, number - 1]).sum((-2, -1)) / weights.sum()
+    return centre, (weights / weights.max()).unsqueeze(0)
 
 
 class GMFlowApplyEvidence(io.ComfyNode):

@@ -71,18 +71,21 @@ class SmallPicture:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The colour of a hypothesis, for all pixels."""
+    """The colour of a hypothesis, for all pixels or for its own."""
 
-    centre: Tensor  # (C,)
+    centre: Tensor       # (C,)
     std: float
-    what: str       # its number, for errors
+    what: str            # its number, for errors
+    mask: Tensor | None  # (1,1,H,W), where it has weight, 1 at most; None is everywhere
 
     def check(self, info: Info) -> None:
         _rgb_only(info, "a chosen hypothesis")
-        in_colour(self.centre, (1, 1), self.std, self.what)
+        in_colour(self.centre, (1, 1), self.std, self.what, self.mask)
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
-        return in_colour(self.centre, (x.shape[-2], x.shape[-1]), self.std, self.what)
+        size = (x.shape[-2], x.shape[-1])
+        mask = None if self.mask is None else F.interpolate(self.mask, size, mode="area")
+        return in_colour(self.centre, size, self.std, self.what, mask)
 
 
 @dataclass(frozen=True, eq=False)

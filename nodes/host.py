@@ -198,7 +198,7 @@ def decoder(model, vae=None):
 
 def default_model() -> str | None:
     """The bundled checkpoint if it is listed."""
-    return next((name for name in model_files() if name == "gmdit_digits.safetensors"), None)
+    return next((name for name in model_files() if name == "gmdit_characters.safetensors"), None)
 
 
 def model_files() -> list[str]:

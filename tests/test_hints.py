@@ -61,6 +61,15 @@ def test_one_colour_for_a_whole_image_is_its_hue():
     torch.testing.assert_close(got.matrix(), expected.matrix())
 
 
+def test_a_colour_may_be_asked_for_at_some_pixels():
+    """A hue as much as the mask says; grey, which is no hue, as a colour."""
+    mask = torch.tensor([[0.0, 0.5], [1.0, 0.25]]).reshape(1, 1, 2, 2)
+    got = in_colour(0.4 * RED - 0.6, (2, 2), 0.5, "it", mask).factor(None)
+    torch.testing.assert_close(got.matrix(), hint(picture(RED), ONE, "hue", 0.5).factor(None).matrix() * mask[:, 0])
+    grey = in_colour(torch.full((3,), 0.2), (2, 2), 0.5, "it", mask)
+    torch.testing.assert_close(grey.factor(None).matrix(), torch.eye(3).reshape(1, 3, 3, 1, 1) * mask[:, :, None] / 0.25)
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: hint(picture(RED), ONE, "shape", 0.5), "kind must be one of colour, hue, brightness"),
     (lambda: hint(picture(RED), ONE, "colour", 0.0), "std must be a number > 0, got 0.0"),

@@ -26,15 +26,16 @@ SNAPSHOT = HERE.parent / "tests" / "data" / "object_info.json"
 # Kept short.
 LISTED = ({("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowImageNetClass", "class_name")}
           | text_to_image.LISTED)
-DIGITS = "gmdit_digits.safetensors"
-CHOSEN = 4  # a hypothesis with a colour, of the seed in choose_a_hypothesis
+CHARACTERS, SIZE = "gmdit_characters.safetensors", 24
+TEN = "critter, cutout, mood, peep, pixel person, planet, sprout, thumb, voxel person, voxel robot"
+CHOSEN = 4  # a hypothesis of a body, of the seed in choose_a_hypothesis
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#4a7a4a", "#6d5a96", "#8a6d3b"
 
 
 def start(flow: Flow, labels: str, images: int) -> tuple[Group, Output, Output, Output, Output]:
-    """The group that every workflow of digits begins with: model, both conditionings and an empty latent."""
+    """The group that every workflow of the bundled model begins with: model, both conditionings and an empty latent."""
     group = flow.group("Model and classes", pos=(380, 0))
-    model = flow.add("GMFlowLoader", model_name=DIGITS).out
+    model = flow.add("GMFlowLoader", model_name=CHARACTERS).out
     classes = flow.add("GMFlowClassConditioning", model=model, labels=labels)
     latent = flow.add("GMFlowEmptyLatent", model=model, batch_size=images).out
     return group, model, classes["positive"], classes["negative"], latent
@@ -54,24 +55,25 @@ def enlarge(flow: Flow, latent: Output, vae: Output) -> Output:
 
 def quickstart(flow: Flow) -> None:
     flow.note("""
-# Digits in eight steps
+# Characters in four steps
 
-The bundled model paints 16 x 16 pixel digits in one of six inks. It needs no download and no GPU.
+The bundled model paints pictures of 24 x 24 pixels in sixteen kinds. It needs no download and no GPU.
 
-Press **Run**: ten digits, one for each class.
+Press **Run**: one of each kind.
 
 ### Try
-- **labels**: *7*, or *0-4, 9*. Give one label for all images, or one for each image of **batch_size**.
-- **steps**: 4 is still clean; with 1 every pixel chooses an ink by itself.
-- **guidance**: 0 is the model alone, 0.3 is good for the digits, 0.75 is strong. It is no CFG scale.
+- **labels**: *thumb*, or *planet, mood, 10-14*. Give one label for all images, or one for each image of \
+**batch_size**.
+- **steps**: 8 is finer; with 1 every pixel chooses by itself.
+- **guidance**: 0 is the model alone, 0.4 is good here, 0.75 is strong. It is no CFG scale.
 - **solver**: GM-SDE adds noise at every step, GM-ODE none.
 
 *No VAE*: this model works on pixels. Models of Stable Diffusion's latents need its VAE there.
 """, size=(340, 400))
-    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    group, model, positive, negative, latent = start(flow, "0-15", 16)
     group = flow.group("Sample", right_of=group, color=GREEN)
     sampler = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
-                       latent_image=latent, seed=1, guidance=0.3)
+                       latent_image=latent, seed=1, steps=4, guidance=0.4)
     group = flow.group("To an image", right_of=group, color=PURPLE)
     images = enlarge(flow, sampler["latent"], pixels(flow))
     flow.group("Look and keep", right_of=group, color=BROWN)
@@ -83,7 +85,7 @@ def guidance_sweep(flow: Flow) -> None:
     flow.note("""
 # Two kinds of guidance
 
-Five rows, the same noise: compare one digit down its column.
+Five rows, the same noise: compare one picture down its column.
 
 **Probabilistic guidance** (rows 1 to 3) re-weights the mixture: components that the class makes likelier gain. \
 0 is none.
@@ -92,24 +94,23 @@ Five rows, the same noise: compare one digit down its column.
 as Stable Diffusion's guidance does. 1 is none.
 
 ### See
-- Without guidance the 7, the 8 and the 9 are hard to read.
-- Both kinds make digits plainer, and more alike. The ink may change.
-- These inks are pure, so little can oversaturate; on photographs strong CFG does.
+- Guidance makes shapes plainer, and more alike. Colours may change.
+- Strong vanilla CFG drives colours to their ends; probabilistic guidance keeps them.
 
 ### Try
 - **orthogonal** 0: guidance may brighten too.
-- **labels** *4*: ten fours.
+- **labels** *critter*: ten critters.
 - **method** *probabilistic* in a GMFlow Guider gives the same as the rows above. \
 Its **end_percent** 0.5 guides only the first half.
 """, size=(340, 500))
-    group, model, positive, _, latent = start(flow, "0-9", 10)
+    group, model, positive, _, latent = start(flow, TEN, 10)
 
     def look(title: str, name: str, latents: Output) -> None:
         images = enlarge(flow, latents, pixels(flow))  # one for all would send its links through every row
         flow.add("SaveImage", title, size=(1560, 290), images=images, filename_prefix=f"gmflow/guidance/{name}")
 
     row = None
-    for scale in (0.0, 0.3, 0.6):
+    for scale in (0.0, 0.4, 0.7):
         title = f"Probabilistic guidance {scale or '0: none'}"
         row = flow.group(title, across=True,
                          **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
@@ -153,10 +154,10 @@ Four steps, the same noise, two solvers.
 - A core *CFGGuider* or *BasicGuider* for GMFlow Guider, or *KSamplerSelect* for a GM sampler: all fit.
 - To inspect the mixture, use **GMFlow Sampler Custom**, which has a trace.
 """, size=(340, 500))
-    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    group, model, positive, negative, latent = start(flow, TEN, 10)
     group = flow.group("Noise, guidance, schedule", right_of=group, color=GREEN)
     noise = flow.add("RandomNoise", noise_seed=4).out
-    guider = flow.add("GMFlowGuider", model=model, positive=positive, negative=negative, guidance=0.3).out
+    guider = flow.add("GMFlowGuider", model=model, positive=positive, negative=negative, guidance=0.4).out
     sigmas = flow.add("GMFlowScheduler", model=model, steps=4).out
     vae = pixels(flow)
     solvers = [("GM-ODE: deterministic", "ode", "SamplerGMFlowODE", 320),
@@ -179,20 +180,20 @@ def core_sampler_compat(flow: Flow) -> None:
 A GMFlow model is an ordinary MODEL: the core sees a flow model that predicts the mixture's mean. \
 Every sampler and scheduler runs.
 
-Here *euler* and *dpmpp_2m* with **cfg** 1.5 are beside **GMFlow KSampler** with guidance 0.3. \
+Here *euler* and *dpmpp_2m* with **cfg** 1.5 are beside **GMFlow KSampler** with guidance 0.4. \
 The same seed gives the same noise in all three.
 
 ### See
 The core's samplers see only the mean; GM-ODE follows the whole mixture between the steps. \
-With 8 steps they agree on most digits.
+With 8 steps they agree on most shapes.
 
 ### Try
-- **steps** 2 everywhere: the mean blends the inks that are still possible. With 1 it is a grey blur, \
-and GM-ODE gives every pixel a pure ink of its own.
+- **steps** 2 everywhere: the mean blends the colours that are still possible. With 1 it is a grey blur, \
+and GM-ODE gives every pixel a colour of its own.
 - Another **sampler_name** or **scheduler**.
 - **cfg** 1 is no guidance.
 """, size=(340, 380))
-    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    group, model, positive, negative, latent = start(flow, TEN, 10)
     vae = pixels(flow)
     column = dict(model=model, positive=positive, negative=negative, latent_image=latent, seed=1, steps=8)
     row = None
@@ -202,7 +203,7 @@ and GM-ODE gives every pixel a pure ink of its own.
         row = flow.group("GMFlow KSampler" if ours else f"Core KSampler: {name}", across=True,
                          color=GREEN if ours else PURPLE, **beside)
         if ours:
-            sampled = flow.add("GMFlowKSampler", size=(300, 400), guidance=0.3, **column)
+            sampled = flow.add("GMFlowKSampler", size=(300, 400), guidance=0.4, **column)
         else:
             sampled = flow.add("KSampler", size=(300, 290), cfg=1.5, sampler_name=name, scheduler="simple",
                                denoise=1.0, **column)
@@ -215,47 +216,48 @@ def inpaint_and_img2img(flow: Flow) -> None:
     flow.note("""
 # Change an image
 
-**1**: four threes, from noise.
+**1**: four critters, from noise.
 
-**2, inpaint**: *Set Latent Noise Mask* frees the white part of the mask; the class becomes 8. \
-What the mask keeps stays exactly as it is, and the free half has to match it.
+**2, inpaint**: *Set Latent Noise Mask* frees the white part of the mask: the upper half is painted again, from other \
+noise. What the mask keeps stays exactly as it is, and the free half has to match it.
 
-**3, image to image**: the threes are noised to **denoise** 0.6 and painted again as fives.
+**3, image to image**: the critters are noised to **denoise** 0.7 and painted again as thumbs.
 
 ### Try
-- Another mask: **width**, **height**, **x** and **y** of the white part, in the model's pixels (16 x 16).
+- Another mask: **width**, **height**, **x** and **y** of the white part, in the model's pixels (24 x 24).
 - **denoise** 0.3 keeps almost all, 0.9 almost nothing.
-- Your own picture: *Load Image*, scaled to 16 x 16, and *VAE Encode* with the pixel VAE.
+- Your own picture: *Load Image*, scaled to 24 x 24, and *VAE Encode* with the pixel VAE.
 """, size=(340, 420))
     first = flow.group("Model", pos=(380, 0))
-    model = flow.add("GMFlowLoader", model_name=DIGITS).out
+    model = flow.add("GMFlowLoader", model_name=CHARACTERS).out
     latent = flow.add("GMFlowEmptyLatent", model=model, batch_size=4).out
 
     mask = flow.group("The mask: white is free", below=first, color=BROWN)
-    keep = flow.add("SolidMask", "Keep (black)", value=0.0, width=16, height=16).out
-    free = flow.add("SolidMask", "Free (white)", value=1.0, width=8, height=16).out
+    keep = flow.add("SolidMask", "Keep (black)", value=0.0, width=SIZE, height=SIZE).out
+    free = flow.add("SolidMask", "Free (white)", value=1.0, width=SIZE, height=SIZE // 2).out
     mask = flow.add("MaskComposite", "Where it is free", destination=keep, source=free, x=0, y=0, operation="add").out
 
-    source = flow.group("1  Paint threes", right_of=first, gap=80, color=GREEN)
-    classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="3")
-    threes = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"], latent_image=latent,
-                      seed=5, guidance=0.3)["latent"]
-    images = enlarge(flow, threes, pixels(flow))
-    flow.add("SaveImage", "Threes", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
+    source = flow.group("1  Paint critters", right_of=first, gap=80, color=GREEN)
+    classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="critter")
+    critters = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"], latent_image=latent,
+                      seed=5, guidance=0.4)["latent"]
+    images = enlarge(flow, critters, pixels(flow))
+    flow.add("SaveImage", "Critters", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
 
-    def change(title: str, name: str, label: str, group: dict, mask: Output | None = None, **settings) -> Group:
+    def change(title: str, name: str, label: str, seed: int, group: dict, mask: Output | None = None,
+               **settings) -> Group:
         row = flow.group(title, across=True, color=PURPLE, **group)
         classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
-        start = threes if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=threes, mask=mask).out
+        start = critters if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=critters, mask=mask).out
         latents = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
-                           latent_image=start, seed=5, guidance=0.3, **settings)["latent"]
+                           latent_image=start, seed=seed, guidance=0.4, **settings)["latent"]
         images = enlarge(flow, latents, pixels(flow))
         flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
         return row
 
-    row = change("2  Inpaint: the free half becomes that of an 8", "2_inpainted", "8",
+    row = change("2  Inpaint: another head", "2_inpainted", "critter", 6,
                  dict(right_of=source, gap=80, pos=(None, 0)), mask)
-    change("3  Image to image: from a 3 to a 5", "3_image_to_image", "5", dict(below=row), denoise=0.6)
+    change("3  Image to image: from critters to thumbs", "3_image_to_image", "thumb", 5, dict(below=row), denoise=0.7)
 
 
 def inspect_components(flow: Flow) -> None:
@@ -265,8 +267,8 @@ def inspect_components(flow: Flow) -> None:
 At every pixel the network predicts a mixture of eight Gaussians, not one colour. **GMFlow Inspector** shows it, \
 at any step of a sampler's **trace**.
 
-**Components**: at step 0, in pure noise, each hypothesis is another ink. \
-Two steps on one ink has nearly all the weight. A hypothesis keeps its number and colour.
+**Components**: at step 0, in pure noise, hypotheses are other grounds and other bodies. \
+Two steps on one of each has nearly all the weight. A hypothesis keeps its number and colour.
 
 **Entropy**: bright where the model is undecided.
 
@@ -282,10 +284,10 @@ After a run, move the **pointer** over an inspector's small picture: that pixel'
 
 Changing only an inspector samples no new image.
 """, size=(340, 560))
-    group, model, positive, negative, latent = start(flow, "3", 1)
+    group, model, positive, negative, latent = start(flow, "critter", 1)
     group = flow.group("Sample", right_of=group, color=BROWN)
     sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive, negative=negative,
-                       latent_image=latent, seed=2, steps=8, guidance=0.3)
+                       latent_image=latent, seed=2, steps=8, guidance=0.4)
     images = enlarge(flow, sampled["latent"], pixels(flow))
     flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
     panel = dict(size=(620, 830), trace=sampled["trace"])
@@ -300,10 +302,10 @@ Changing only an inspector samples no new image.
 
 def paint_a_hint(flow: Flow) -> None:
     flow.note("""
-# One painted pixel decides the ink
+# One painted pixel decides the colour
 
-Ten digits, the same noise twice. Above: as the model likes. Below: **one pixel** of each is said to be magenta, \
-and the whole digit follows.
+Ten pictures, the same noise twice. Above: as the model likes. Below: **one pixel** of each is said to be pink, \
+and the whole body follows.
 
 **GMFlow Hint** takes a picture and a mask of where it is known. **GMFlow Apply Evidence** makes a model that paints \
 what agrees with it. No training, no gradients: the hint re-weights the mixture, and an *echo*, one more call of the \
@@ -315,16 +317,17 @@ menu paints the mask. Newer versions have a *Painter* node for both. Any size of
 
 ### Try
 - **propagate** off: only the pixel itself is asked for, and it gets lost.
-- **kind** hue, with *the pixel* as large as the picture and **std** 1: all in this ink.
+- **kind** hue, with *the pixel* as large as the picture and **std** 1: all in this colour.
 - A rough sketch: **std** 0.3 to 1 and **end_percent** 0.2.
 - **color** of *The colour*, **x** and **y** of the pixel.
 """, size=(340, 620))
-    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    group, model, positive, negative, latent = start(
+        flow, "blob, clay, critter, marble, mood, planet, sprout, voxel person, voxel robot, waves", 10)
     hint = flow.group("The hint", below=group, color=BROWN)
-    colour = flow.add("EmptyImage", "The colour", width=16, height=16, color=0xFF00FF).out
-    nothing = flow.add("SolidMask", "Nothing is known (black)", value=0.0, width=16, height=16).out
+    colour = flow.add("EmptyImage", "The colour", width=SIZE, height=SIZE, color=0xF078A0).out
+    nothing = flow.add("SolidMask", "Nothing is known (black)", value=0.0, width=SIZE, height=SIZE).out
     pixel = flow.add("SolidMask", "The pixel (white)", value=1.0, width=1, height=1).out
-    mask = flow.add("MaskComposite", "Where it is", destination=nothing, source=pixel, x=8, y=5, operation="add").out
+    mask = flow.add("MaskComposite", "Where it is", destination=nothing, source=pixel, x=12, y=14, operation="add").out
     evidence = flow.add("GMFlowHint", image=colour, mask=mask).out
     hinted = flow.add("GMFlowApplyEvidence", model=model, evidence=evidence).out
     vae = pixels(flow)
@@ -333,7 +336,7 @@ menu paints the mask. Newer versions have a *Painter* node for both. Any size of
         beside = dict(right_of=hint, pos=(None, 0), gap=80) if row is None else dict(below=row)
         row = flow.group(title, across=True, color=GREEN if row is None else PURPLE, **beside)
         sampled = flow.add("GMFlowKSampler", size=(300, 400), model=used, positive=positive, negative=negative,
-                           latent_image=latent, seed=1, guidance=0.3)
+                           latent_image=latent, seed=1, guidance=0.4)
         images = enlarge(flow, sampled["latent"], vae)
         flow.add("SaveImage", title, size=(700, 370), images=images, filename_prefix=f"gmflow/hint/{name}")
 
@@ -342,20 +345,19 @@ def choose_a_hypothesis(flow: Flow) -> None:
     flow.note("""
 # Look at the choices, take another one
 
-Before the first step the model has not decided on an ink: **GMFlow Inspector** shows its hypotheses, each with \
-a number.
+Before the first step the model has decided neither on a ground nor on a body: **GMFlow Inspector** shows its \
+hypotheses, each with a number.
 
-**GMFlow Choose** takes one of them by its number and asks for its colour; the same noise then becomes the same digit \
-in that ink.
+**GMFlow Choose** takes one of them by its number and asks for its colour; the same noise then becomes such a critter.
 
 ### Try
-- **hypothesis**: the other numbers of the panel. The background has no colour, and the node says so.
+- **hypothesis**: the other numbers of the panel. A grey one has no hue to ask for, and the node says so.
 - **strength**: 1 asks, 5 insists.
 - **seed** and **labels** in all nodes that have them.
 """, size=(340, 380))
-    group, model, positive, negative, latent = start(flow, "3", 1)
+    group, model, positive, negative, latent = start(flow, "critter", 1)
     vae = pixels(flow)
-    column = dict(positive=positive, negative=negative, latent_image=latent, seed=2, steps=8, guidance=0.3)
+    column = dict(positive=positive, negative=negative, latent_image=latent, seed=2, steps=8, guidance=0.4)
     first = flow.group("As the model likes", right_of=group, color=GREEN)
     sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, **column)
     flow.add("SaveImage", "As the model likes", size=(300, 370), images=enlarge(flow, sampled["latent"], vae),
@@ -374,29 +376,29 @@ in that ink.
 
 def colourise_and_enlarge(flow: Flow) -> None:
     flow.note("""
-# From grey, and from 4 x 4 pixels
+# From grey, and from 6 x 6 pixels
 
-**1**: ten digits, which we take for real pictures.
+**1**: ten pictures, which we take for real ones.
 
-**2, colourise**: of each only its brightness is told. Red, green and blue are equally bright, as are yellow, cyan and \
-magenta: one of three inks is right, and the mixture takes one instead of their mean.
+**2, colourise**: of each only its brightness is told. Many colours are equally bright; the mixture takes one of them \
+instead of their mean.
 
-**3, enlarge**: of each only a picture of 4 x 4 pixels is told.
+**3, enlarge**: of each only a picture of 6 x 6 pixels is told.
 
 For both, **propagate** off is enough: every pixel has evidence of its own.
 
 ### Try
-- Your own picture: *Load Image* and *ImageScale* to 16 x 16 (grey) or to 4 x 4.
+- Your own picture: *Load Image* and *ImageScale* to 24 x 24 (grey) or to 6 x 6.
 - Both kinds together: **previous**.
-- **labels** of the second model: what if an 8 is to be a 3?
+- **labels** of the second model: what if a mood is to be a critter?
 """, size=(340, 420))
-    group, model, positive, negative, latent = start(flow, "0-9", 10)
+    group, model, positive, negative, latent = start(flow, TEN, 10)
     vae = pixels(flow)
-    common = dict(positive=positive, negative=negative, latent_image=latent, guidance=0.3)
+    common = dict(positive=positive, negative=negative, latent_image=latent, guidance=0.4)
     first = flow.group("1  Pictures", right_of=group, color=GREEN)
     sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, seed=3, **common)
     truth = flow.add("VAEDecode", size=(240, 60), samples=sampled["latent"], vae=vae).out
-    small = flow.add("ImageScale", "4 x 4 pixels", under=True, image=truth, upscale_method="area", width=4, height=4,
+    small = flow.add("ImageScale", "6 x 6 pixels", under=True, image=truth, upscale_method="area", width=6, height=6,
                      crop="disabled").out
     large = flow.add("ImageScaleBy", "Enlarge the pixels", size=(240, 90), under=True, image=truth,
                      upscale_method="nearest-exact", scale_by=8.0).out
