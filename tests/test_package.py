@@ -46,6 +46,7 @@ def shipped() -> list[str]:
 def test_everything_that_a_user_needs_is_there_and_nothing_else():
     names = shipped()
     for needed in ("__init__.py", "pyproject.toml", "LICENSE", "README.md", "models/gmdit_digits.safetensors",
+                   "models/gmdit_characters.safetensors",
                    "nodes/host.py", "nodes/imagenet_classes.txt", "gmflow_core/model/gmdit.py",
                    "web/docs/GMFlowKSampler/en.md", "locales/zh/nodeDefs.json", "workflows/quickstart.json",
                    "workflows/quickstart.jpg", "workflows/api/quickstart.json"):

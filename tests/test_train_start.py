@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 from test_train import CPU, TINY
 
 from gmflow_core import GMDiT, GMDiTConfig, load_checkpoint
-from gmflow_core.__main__ import BUNDLED
+from gmflow_core.__main__ import MODELS
 from train.__main__ import main
 from train.config import PRESETS, override
 from train.initialise import initialise
 from train.step import build
 from train.trainer import CHECKPOINT, Trainer
+
+DIGITS = MODELS / "gmdit_digits.safetensors"
 
 
 def with_k(k: int, **changes):
@@ -153,7 +155,7 @@ def test_a_run_starts_from_a_file_and_then_goes_on_without_it(tmp_path):
 
 def test_command_starts_from_the_bundled_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv",
-                        ["train", "--preset", "digits", "--init-from", str(BUNDLED), "--set", "model.num_gaussians=9",
+                        ["train", "--preset", "digits", "--init-from", str(DIGITS), "--set", "model.num_gaussians=9",
                                       "--set", "batch_size=8", "--dry-run"])
     assert main() == 0
     said = capsys.readouterr().out.splitlines()[-1]
@@ -254,7 +256,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not a GMFlow file"):
         Trainer(replace(TINY, init_from=str(tmp_path / "b.safetensors")), None, CPU)
     with pytest.raises(ValueError, match="is for GM-DiTs"):
-        Trainer(replace(PRESETS["checkerboard"], init_from=str(BUNDLED)), None, CPU)
+        Trainer(replace(PRESETS["checkerboard"], init_from=str(DIGITS)), None, CPU)
     points = Trainer(replace(PRESETS["checkerboard-k1"], batch_size=4), tmp_path / "points", CPU)
     points.save()
     with pytest.raises(ValueError, match="a model for 2D points, not a GM-DiT"):
