@@ -73,4 +73,5 @@ def in_colour(centre: Tensor, size: tuple[int, int], std: float, what: str, mask
         raise ValueError(f"{what} has no colour that could be asked for everywhere: "
                          f"its centre is ({values}) of 0 to 1; choose another one, or only its own pixels")
     picture = centre.clamp(-1, 1).reshape(1, 3, 1, 1).expand(1, 3, *size)
-    return hint(picture, torch.ones_like(picture[:, :1]) if mask is None else mask, "hue" if coloured else "colour", std)
+    mask = torch.ones_like(picture[:, :1]) if mask is None else mask
+    return hint(picture, mask, "hue" if coloured else "colour", std)

@@ -21,7 +21,8 @@ class GMFlowLoader(io.ComfyNode):
             "model. Size, components, classes and latent space come from the file.",
             [
                 io.Combo.Input("model_name", options=host.model_files(), default=host.default_model(),
-                               tooltip="A GMFlow file from models/diffusion_models, or a bundled one: gmdit_characters, gmdit_digits."),
+                               tooltip="A GMFlow file from models/diffusion_models, or a bundled one: "
+                                       "gmdit_characters, gmdit_digits."),
                 advanced(io.Combo.Input("weight_dtype", options=list(host.WEIGHT_DTYPES), default="default",
                                         tooltip="How weights are stored in memory. default lets ComfyUI choose; "
                                                 "mixtures are always float32.")),
