@@ -67,7 +67,8 @@ def test_a_colour_may_be_asked_for_at_some_pixels():
     got = in_colour(0.4 * RED - 0.6, (2, 2), 0.5, "it", mask).factor(None)
     torch.testing.assert_close(got.matrix(), hint(picture(RED), ONE, "hue", 0.5).factor(None).matrix() * mask[:, 0])
     grey = in_colour(torch.full((3,), 0.2), (2, 2), 0.5, "it", mask)
-    torch.testing.assert_close(grey.factor(None).matrix(), torch.eye(3).reshape(1, 3, 3, 1, 1) * mask[:, :, None] / 0.25)
+    expected = torch.eye(3).reshape(1, 3, 3, 1, 1) * mask[:, :, None] / 0.5**2
+    torch.testing.assert_close(grey.factor(None).matrix(), expected)
 
 
 @pytest.mark.parametrize("make, message", [

@@ -224,7 +224,7 @@ _CHARACTERS = TrainConfig(  # small pictures of sixteen kinds, drawn by train.ch
     model=replace(_DIGITS_NET, num_classes=16, sample_size=24, patch_size=3, num_heads=3),
     spectrum=SpectrumConfig(base_size=(3, 24, 24), layers=(64, 8)),
     transition_ratio=0.9, mean_weight=2.0, time_mean=0.5, time_std=1.3,
-    steps=36_000, batch_size=64, lr=1e-3, lr_decay="cooldown", cooldown=6_000, warmup=200, clip_norm=1.0, clip_from=0,
+    steps=9_600, batch_size=64, lr=1e-3, lr_decay="cooldown", cooldown=1_600, warmup=200, clip_norm=1.0, clip_from=0,
     weight_decay=0.01, ema_decay=0.999, precision="float32",
 )
 

@@ -216,12 +216,12 @@ def inpaint_and_img2img(flow: Flow) -> None:
     flow.note("""
 # Change an image
 
-**1**: four critters, from noise.
+**1**: four planets, from noise.
 
-**2, inpaint**: *Set Latent Noise Mask* frees the white part of the mask: the upper half is painted again, from other \
-noise. What the mask keeps stays exactly as it is, and the free half has to match it.
+**2, inpaint**: *Set Latent Noise Mask* frees the white part of the mask, the planet itself; the class becomes *mood*. \
+What the mask keeps stays exactly as it is: a face in the same sky.
 
-**3, image to image**: the critters are noised to **denoise** 0.7 and painted again as thumbs.
+**3, image to image**: the planets are noised to **denoise** 0.8 and painted again as moods.
 
 ### Try
 - Another mask: **width**, **height**, **x** and **y** of the white part, in the model's pixels (24 x 24).
@@ -234,30 +234,32 @@ noise. What the mask keeps stays exactly as it is, and the free half has to matc
 
     mask = flow.group("The mask: white is free", below=first, color=BROWN)
     keep = flow.add("SolidMask", "Keep (black)", value=0.0, width=SIZE, height=SIZE).out
-    free = flow.add("SolidMask", "Free (white)", value=1.0, width=SIZE, height=SIZE // 2).out
-    mask = flow.add("MaskComposite", "Where it is free", destination=keep, source=free, x=0, y=0, operation="add").out
+    free = flow.add("SolidMask", "Free (white)", value=1.0, width=14, height=14).out
+    mask = flow.add("MaskComposite", "Where it is free", destination=keep, source=free, x=5, y=5, operation="add").out
 
-    source = flow.group("1  Paint critters", right_of=first, gap=80, color=GREEN)
-    classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="critter")
-    critters = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"], latent_image=latent,
-                      seed=5, guidance=0.4)["latent"]
-    images = enlarge(flow, critters, pixels(flow))
-    flow.add("SaveImage", "Critters", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
+    source = flow.group("1  Paint planets", right_of=first, gap=80, color=GREEN)
+    classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="planet")
+    planets = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
+                       latent_image=latent, seed=5, guidance=0.4)["latent"]
+    images = enlarge(flow, planets, pixels(flow))
+    flow.add("SaveImage", "Planets", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
 
     def change(title: str, name: str, label: str, seed: int, group: dict, mask: Output | None = None,
                **settings) -> Group:
         row = flow.group(title, across=True, color=PURPLE, **group)
         classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
-        start = critters if mask is None else flow.add("SetLatentNoiseMask", under=True, samples=critters, mask=mask).out
+        start = planets
+        if mask is not None:
+            start = flow.add("SetLatentNoiseMask", under=True, samples=planets, mask=mask).out
         latents = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
                            latent_image=start, seed=seed, guidance=0.4, **settings)["latent"]
         images = enlarge(flow, latents, pixels(flow))
         flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
         return row
 
-    row = change("2  Inpaint: another head", "2_inpainted", "critter", 6,
+    row = change("2  Inpaint: a mood in its place", "2_inpainted", "mood", 6,
                  dict(right_of=source, gap=80, pos=(None, 0)), mask)
-    change("3  Image to image: from critters to thumbs", "3_image_to_image", "thumb", 5, dict(below=row), denoise=0.7)
+    change("3  Image to image: from planets to moods", "3_image_to_image", "mood", 5, dict(below=row), denoise=0.8)
 
 
 def inspect_components(flow: Flow) -> None:

@@ -23,7 +23,8 @@ API_0_1_0 = sorted((ROOT / "tests" / "data" / "workflows_0_1_0" / "api").glob("*
 
 def downloads(path: Path) -> bool:
     """Whether a prompt names models that are not bundled."""
-    return bool(set(re.findall(r'"([^"]+\.safetensors)"', path.read_text(encoding="utf-8"))) - {BUNDLED.name, CHARACTERS.name})
+    named = set(re.findall(r'"([^"]+\.safetensors)"', path.read_text(encoding="utf-8")))
+    return bool(named - {BUNDLED.name, CHARACTERS.name})
 
 
 def pack(host) -> dict[str, dict]:
