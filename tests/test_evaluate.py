@@ -30,7 +30,6 @@ from train.evaluate.__main__ import main, parse
 from train.evaluate.baselines import has_diffusers
 from train.evaluate.figures import curves, markdown
 from train.evaluate.image_metrics import moments, quantise, saturation
-from train.evaluate.neighbours import neighbour_accuracy
 from train.evaluate.reference import DigitImages, load_reference, measure_reference, real_images, save_reference
 from train.evaluate.results import RESULTS
 from train.evaluate.settings import SOLVERS, Setting, sample_images, solve
@@ -191,12 +190,6 @@ def test_a_file_of_adm(tmp_path, rng):
 
 
 # ---- figures -----------------------------------------------------------------------------------
-
-def test_accuracy_of_nearest_neighbours():
-    real, labels = torch.tensor([[0.0], [0.1], [0.2], [9.0], [9.1], [9.2]]), torch.tensor([0, 0, 0, 1, 1, 1])
-    fake = torch.tensor([[0.05], [9.05], [8.0], [1.0]])
-    assert neighbour_accuracy(real, labels, fake, torch.tensor([0, 1, 1, 1]), k=3) == 0.75
-
 
 def test_likelihood_is_that_of_the_mixture(files, monkeypatch):
     """Recomputed with torch.distributions from the network's own output."""

@@ -17,6 +17,7 @@ from ..runlog import short
 from ..team import Team
 from .digits_metrics import digit_metrics, train_svm
 from .features import Features, inception, of_pixels, train_classifier, train_digits_net
+from .figures import MANY
 from .image_metrics import mottling
 from .reference import (
     DigitImages,
@@ -34,7 +35,6 @@ from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting
 from .subject import Subject, classes_in_data, likelihood, open_subject
 
 REFERENCE = "reference.safetensors"
-ENOUGH = 2048  # samples below which an FID compares with those of as many samples only
 
 
 # ---- what was asked for ------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def say_few(samples: int, reference: Reference, known: bool) -> None:
     few = [f"{count:,} {what}" for count, what in counts if count < features]
     if few:
         say(f"FID means little here: {' and '.join(few)} are fewer than the {features:,} features, so that covariances "
-            f"are of deficient rank; take {max(features, ENOUGH):,} or more (--samples)")
+            f"are of deficient rank; take {max(features, MANY):,} or more (--samples)")
 
 
 # ---- the sweep ---------------------------------------------------------------------------------
