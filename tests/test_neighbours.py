@@ -103,7 +103,7 @@ def test_a_bound_holds_where_all_roundings_go_one_way():
 
 
 def test_most_points_need_no_more_than_their_candidates(rng, monkeypatch):
-    """Of ordinary features, wherever they lie, float64 sees k + 8 candidates a point and never all; of duplicates it has to."""
+    """Of ordinary features, wherever they lie, float64 sees k + 8 candidates a point and never all."""
     seen = []
     plain = Bound.distances
     monkeypatch.setattr(Bound, "distances", lambda self, points, index: seen.append(index.shape) or

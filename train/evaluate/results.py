@@ -25,7 +25,7 @@ class Results:
             try:
                 self.content = json.loads(path.read_text(encoding="utf-8"))
                 older = OLDER | {"reference_content": facts["reference_content"]}
-                self.content = older | self.content
+                self.content |= {k: older[k] for k in older if k not in self.content}
                 changed = [f"{k}: {self.content[k]} there, {facts[k]} asked for" for k in facts
                            if self.content[k] != facts[k]]
             except (ValueError, KeyError, TypeError, AttributeError) as error:

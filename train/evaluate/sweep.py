@@ -121,7 +121,7 @@ def say_few(samples: int, reference: Reference, known: bool) -> None:
     few = [f"{count:,} {what}" for count, what in counts if count < features]
     if few:
         say(f"FID means little here: {' and '.join(few)} are fewer than the {features:,} features, so that covariances "
-            f"are of deficient rank; take {max(features, MANY):,} or more (--samples)")
+            f"are of deficient rank; take {max(features, MANY):,} or more")
 
 
 # ---- the sweep ---------------------------------------------------------------------------------
