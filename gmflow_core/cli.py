@@ -35,6 +35,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+# What files, devices and settings cause: told in one line. All else is a mistake of the program.
+USER_ERRORS = (UsageError, ValueError, OSError, RuntimeError, MemoryError, FloatingPointError, ImportError)
+
+
 def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> int:
     """The exit code of a command: what its user can cause is one line on stderr and 2, Ctrl-C is 130."""
     for stream in (sys.stdout, sys.stderr):
@@ -50,7 +54,7 @@ def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> i
         return 1
     except ModuleNotFoundError as error:
         print(f'error: {error.name} is not installed: python -m pip install -e ".[standalone]"', file=sys.stderr)
-    except (UsageError, ValueError, OSError, RuntimeError, MemoryError, FloatingPointError, ImportError) as error:
+    except USER_ERRORS as error:
         print(f"error: {one_line(error, 2000)}", file=sys.stderr)
     return 2
 

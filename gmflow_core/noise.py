@@ -16,13 +16,13 @@ class ImageNoise:
     ``noise()`` is the initial noise, (B,C,*S), from (seed, image index). ``noise(sigma, sigma_next)``, as a solver
     calls it, draws from (seed, image index, sigma): calls of one sigma in a row continue one stream, and a run that is
     cut between two steps goes on as if it were not. ``shape`` is one image's (C,*S). Drawn on the CPU, whatever
-    ``device`` is.
+    ``device`` is. ``streams`` are the generators of the call that was last, one an image.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device):
         self.seed, self.indices, self.shape, self.device = seed, [int(index) for index in indices], shape, device
         self._step: int | None = None
-        self._streams = self._open(0)
+        self.streams = self._open(0)
 
     def _open(self, tick: int) -> list[torch.Generator]:
         """One generator per image; ``tick`` 0 is the initial noise, every step has its own."""
@@ -34,5 +34,5 @@ class ImageNoise:
     def __call__(self, sigma: float | None = None, sigma_next: float | None = None) -> Tensor:
         step = None if sigma is None else 1 + round(sigma / TICK)
         if step != self._step:
-            self._step, self._streams = step, self._open(step or 0)
-        return torch.stack([torch.randn(self.shape, generator=stream) for stream in self._streams]).to(self.device)
+            self._step, self.streams = step, self._open(step or 0)
+        return torch.stack([torch.randn(self.shape, generator=stream) for stream in self.streams]).to(self.device)

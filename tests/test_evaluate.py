@@ -24,14 +24,17 @@ from gmflow_core import (
     save_checkpoint,
 )
 from gmflow_core.model import LatentSpace
-from train.evaluate import __main__ as evaluate
-from train.evaluate.__main__ import RESULTS, main, neighbour_accuracy, parse, settings
+from gmflow_core.noise import ImageNoise
+from train.evaluate import rows as evaluate_rows, sweep as evaluate_sweep
+from train.evaluate.__main__ import main, parse
 from train.evaluate.baselines import has_diffusers
 from train.evaluate.figures import curves, markdown
 from train.evaluate.image_metrics import moments, quantise, saturation
-from train.evaluate.reference import DigitImages, load_reference, measure_reference, real_images
+from train.evaluate.reference import DigitImages, load_reference, measure_reference, real_images, save_reference
+from train.evaluate.results import RESULTS
 from train.evaluate.settings import SOLVERS, Setting, sample_images, solve
 from train.evaluate.subject import classes_in_data, digest, likelihood, old_digest, open_subject
+from train.evaluate.sweep import REFERENCE, settings
 from train.folder import locked
 from train.vae import Decoder, load_vae
 
@@ -81,8 +84,8 @@ def rows(out) -> list[dict]:
 def test_settings_are_the_cores_own_solvers(files):
     """Each solver of a setting is a call of the core with the same noise."""
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(4)
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn((4, 3, 16, 16), generator=generator)
+    noise = ImageNoise(3, range(4), (3, 16, 16), CPU)
+    x = noise()
     with torch.no_grad():
         denoiser = GMDenoiser(checkpoint.model, labels, 0.4)
         want = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43)
@@ -90,7 +93,6 @@ def test_settings_are_the_cores_own_solvers(files):
         limited = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43, second_order=SecondOrder(tilt="limited"))
         assert torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="limited"), labels, 3), limited)
         assert not torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, substeps=1), labels, 3), want)
-        noise = lambda s, t: torch.randn(x.shape, generator=generator)  # noqa: E731
         want = sample_gm_sde(denoiser, x, flow_sigmas(3), order=1, spectrum=checkpoint.spectrum, noise_sampler=noise)
         assert torch.equal(sample_images(checkpoint, Setting("gm-sde1", 3, 0.4), labels, 3), want)
         assert not torch.equal(sample_images(checkpoint, Setting("gm-sde1", 3, 0.4, spectral=False), labels, 3), want)
@@ -158,7 +160,7 @@ def test_a_reference_is_kept_and_read_back(tmp_path):
     torch.testing.assert_close(reference.moments, moments(mean_colour(pixels)))
     assert reference.saturation == pytest.approx(saturation(pixels).mean().item()) and reference.count == 12
     assert sorted(reference.labels.tolist()) == [0] * 6 + [1] * 6 and reference.name == "bugs"
-    evaluate.save_reference(tmp_path / "r.safetensors", reference, "colours")
+    save_reference(tmp_path / "r.safetensors", reference, "colours")
     again = load_reference(tmp_path / "r.safetensors", "colours")
     assert torch.equal(again.features, reference.features) and again.saturation == reference.saturation
     assert load_reference(tmp_path / "r.safetensors", "others") is None
@@ -188,12 +190,6 @@ def test_a_file_of_adm(tmp_path, rng):
 
 
 # ---- figures -----------------------------------------------------------------------------------
-
-def test_accuracy_of_nearest_neighbours():
-    real, labels = torch.tensor([[0.0], [0.1], [0.2], [9.0], [9.1], [9.2]]), torch.tensor([0, 0, 0, 1, 1, 1])
-    fake = torch.tensor([[0.05], [9.05], [8.0], [1.0]])
-    assert neighbour_accuracy(real, labels, fake, torch.tensor([0, 1, 1, 1]), k=3) == 0.75
-
 
 def test_likelihood_is_that_of_the_mixture(files, monkeypatch):
     """Recomputed with torch.distributions from the network's own output."""
@@ -231,17 +227,17 @@ def test_a_sweep_is_resumed_and_added_to(files, tmp_path, quick, monkeypatch, ca
     row = next(r for r in first if r["solver"] == "gm-ode2" and r["steps"] == 2 and r["guidance"] == 0.3)
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(12) % 10
     setting = Setting("gm-ode2", 2, 0.3)
-    x = torch.cat([sample_images(checkpoint, setting, part, i) for i, part in enumerate(labels.split(6))])
+    x = sample_images(checkpoint, setting, labels, 0)
     assert row["saturation"] == pytest.approx(saturation(quantise(x)).mean().item(), rel=1e-4)
     assert {"fid", "precision", "recall", "overshoot", "accuracy", "on_palette", "one_ink",
             "images_per_second"} <= set(row)
     assert Image.open(out / row["picture"]).size == (2 + 5 * 50, 2 + 2 * 50)
 
-    monkeypatch.setattr(evaluate, "sample_images", lambda *_: pytest.fail("a finished row is sampled again"))
+    monkeypatch.setattr(evaluate_rows, "sample_images", lambda *_: pytest.fail("a finished row is sampled again"))
     assert run(files["gm"], "--data", "digits", "--steps", 1, 2, "--guidance", 0, 0.3, 0.6, "--cfg", 2,
                "--out", out) == 0
     assert rows(out) == first
-    monkeypatch.setattr(evaluate, "sample_images", sample_images)
+    monkeypatch.setattr(evaluate_rows, "sample_images", sample_images)
     assert run(files["k3"], files["vanilla"], "--data", "digits", "--steps", 1, 2, "--out", out) == 0
     assert len(rows(out)) == len(first) + 4 + 2 and rows(out)[: len(first)] == first
     content = json.loads((out / RESULTS).read_text())
@@ -281,7 +277,7 @@ def test_what_suits_a_checkpoint(files):
 
 def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):
     """Features stand in for Inception's; accuracy is by neighbours, likelihood needs the same classes."""
-    monkeypatch.setattr(evaluate, "inception", lambda weights, device: mean_colour)
+    monkeypatch.setattr(evaluate_sweep, "inception", lambda weights, device: mean_colour)
     folder = folder_of_images(tmp_path / "bugs")
     same, other = (save(tmp_path / "same.safetensors", classes=2, names=("ant", "bee")),
                    save(tmp_path / "other.safetensors", 3, classes=2))
@@ -322,7 +318,7 @@ def tiny_vae(path, **options):
 
 
 def test_latents_are_decoded(tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "inception", lambda weights, device: mean_colour)
+    monkeypatch.setattr(evaluate_sweep, "inception", lambda weights, device: mean_colour)
     vae, folder = tiny_vae(tmp_path / "vae"), folder_of_images(tmp_path / "bugs")
     model = save(tmp_path / "latent.safetensors", classes=2, channels=4, size=8, space=LatentSpace("sd-vae", 0.7, 0.0),
                  names=("ant", "bee"))
@@ -423,7 +419,7 @@ def mean_features(monkeypatch):
     def features(weights, device):
         return lambda pixels: torch.cat([pixels.float().mean((2, 3)), pixels.float().std((2, 3))], 1)
 
-    monkeypatch.setattr(evaluate, "inception", features)
+    monkeypatch.setattr(evaluate_sweep, "inception", features)
     monkeypatch.setattr("train.evaluate.subject.NLL_SAMPLES", 4)
 
 
@@ -432,15 +428,15 @@ def test_statistics_are_those_of_the_data_and_not_of_its_folders_name(tmp_path, 
     model = save(tmp_path / "m.safetensors", classes=2, names=("a", "b"))
     cats, dogs = pictures(tmp_path / "cats" / "train", 0), pictures(tmp_path / "dogs" / "train", 1)
     assert run(model, "--data", cats, "--out", tmp_path / "out", "--steps", 1) == 0
-    before = (tmp_path / "out" / evaluate.REFERENCE).read_bytes()
+    before = (tmp_path / "out" / REFERENCE).read_bytes()
     assert run(model, "--data", dogs, "--out", tmp_path / "out", "--steps", 2) == 2
     assert "compares with something else" in capsys.readouterr().err
-    assert (tmp_path / "out" / evaluate.REFERENCE).read_bytes() == before
+    assert (tmp_path / "out" / REFERENCE).read_bytes() == before
     assert run(model, "--data", dogs, "--out", tmp_path / "dogs-out", "--steps", 1) == 0
     assert rows(tmp_path / "out")[0]["fid"] != rows(tmp_path / "dogs-out")[0]["fid"]
     moved = cats.rename(tmp_path / "elsewhere")  # the same data under another name
     assert run(model, "--data", moved, "--out", tmp_path / "out", "--steps", 2) in (0, 2)
-    assert (tmp_path / "out" / evaluate.REFERENCE).read_bytes() == before
+    assert (tmp_path / "out" / REFERENCE).read_bytes() == before
 
 
 def test_classes_are_compared_by_name(tmp_path, mean_features, capsys):

@@ -231,7 +231,7 @@ def test_a_team_of_one(monkeypatch):
 
 
 @pytest.mark.parametrize("device, message",
-                         [("cuda", "has no GPU of its own"), ("mps", "train on cuda or cpu, not on mps")])
+                         [("cuda", "has no GPU of its own"), ("mps", "work on cuda or cpu, not on mps")])
 def test_teams_without_a_device_are_refused(monkeypatch, device, message):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "64")):
         monkeypatch.setenv(name, value)

@@ -1,22 +1,29 @@
-"""Several processes that train one model, as torchrun starts them; without torchrun a team of one."""
+"""Several processes that do one work, as torchrun starts them; without torchrun a team of one."""
 
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from textwrap import shorten
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from gmflow_core.cli import open_device
+from gmflow_core.cli import USER_ERRORS, open_device
+from gmflow_core.files import one_line
 
 from .console import say
+
+T = TypeVar("T")
 
 
 def launched() -> tuple[int, int, int]:
@@ -45,8 +52,11 @@ class Team:
     size: int = 1
 
     @classmethod
-    def join(cls, device: str | None) -> Team:
-        """The team that torchrun's environment names, on the device asked for: by default CUDA where there is one."""
+    def join(cls, device: str | None, patience: timedelta | None = None) -> Team:
+        """The team that torchrun's environment names, on the device asked for: by default CUDA where there is one.
+
+        ``patience``: how long members wait for one another before they give up (default: PyTorch's).
+        """
         _, local, size = launched()
         if size == 1:
             return cls(open_device(device))
@@ -59,8 +69,8 @@ class Team:
             torch.cuda.set_device(local)
             device = f"cuda:{local}"
         elif device != "cpu":
-            raise ValueError(f"several processes train on cuda or cpu, not on {device}")
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            raise ValueError(f"several processes work on cuda or cpu, not on {device}")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
         return cls(torch.device(device), dist.get_rank(), size)
 
     @property
@@ -142,6 +152,70 @@ class Team:
         """Until all members are here."""
         if self.size > 1:
             dist.barrier()
+
+    # ---- one work, done together ---------------------------------------------------------------
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """The first alone speaks. Others end in silence where it has to tell why: stopped, or their team is gone."""
+        if self.first:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            try:
+                yield
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+            except USER_ERRORS:
+                raise SystemExit(2) from None
+
+    def together(self, work: Callable[..., T], *given) -> T:
+        """What ``work(*given)`` returns, to each member its own. If it fails in one, the first says so in one line
+        (of a mistake of the program the traceback), and all end."""
+        if self.size == 1:
+            return work(*given)
+        result, error = None, ""
+        try:
+            result = work(*given)
+        except USER_ERRORS as fault:
+            error = f"error: {one_line(fault, 2000)}"
+        except Exception:
+            error = traceback.format_exc()
+        errors = [""] * self.size
+        dist.all_gather_object(errors, error)
+        if not any(errors):
+            return result  # type: ignore[return-value]
+        if self.first:
+            rank = next(rank for rank, error in enumerate(errors) if error)
+            say(errors[rank] + (f" (process {rank} of {self.size})" if rank else ""))
+        dist.barrier()  # torchrun ends the others when one has ended
+        raise SystemExit(2)
+
+    def at_first(self, work: Callable[..., T], *given) -> T | None:
+        """What ``work(*given)`` returns in the first, which alone does it; None elsewhere."""
+        return self.together(lambda: work(*given) if self.first else None)
+
+    def share(self, work: Callable[..., T], *given) -> T:
+        """What ``work(*given)`` returns in the first, which alone does it, to all."""
+        box = [self.at_first(work, *given)]
+        if self.size > 1:
+            dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
+        return box[0]  # type: ignore[return-value]
+
+    def in_turn(self, parts: Sequence, work: Callable[[int], T], **bar) -> Iterator[T]:
+        """``work(i)`` of every part, in their order, at the first; nothing elsewhere. Members take parts in turn, all
+        have to ask. ``bar``: of the progress bar, which counts parts."""
+        with tqdm(total=len(parts), leave=False, disable=not self.first, **bar) as shown:
+            for start in range(0, len(parts), self.size):
+                mine = start + self.rank
+                found = [self.together(lambda i: work(i) if i < len(parts) else None, mine)]
+                if self.size > 1:
+                    theirs: list | None = [None] * self.size if self.first else None
+                    dist.gather_object(found[0], theirs)
+                    found = theirs or []
+                count = len(parts[start : start + self.size])
+                yield from found[:count]  # type: ignore[misc]
+                shown.update(count)
 
 
 def whole(value: Tensor) -> Tensor:

@@ -60,8 +60,9 @@ def mean_velocity(denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:
 
 
 def sample_scheduler(denoiser: Denoiser, x: Tensor, steps: int, name: str,
-                     generator: Generator | None = None) -> Tensor:
-    """Samples from noise x (B,C,*S) in ``steps`` steps of a scheduler of ``SCHEDULERS``."""
+                     generator: Generator | list[Generator] | None = None) -> Tensor:
+    """Samples from noise x (B,C,*S) in ``steps`` steps of a scheduler of ``SCHEDULERS``; ``generator``: one, or one an
+    image."""
     solver = scheduler(name)
     solver.set_timesteps(steps)
     if name in LAST_SIGMA:

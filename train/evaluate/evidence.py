@@ -27,7 +27,8 @@ from .digits_metrics import dominant_inks, grey8, hue_metrics, train_svm
 from .evidence_methods import CALLS, METHODS, Problem
 from .evidence_tasks import TASKS, Task, Truth
 from .features import digits_features
-from .image_metrics import precision_recall, quantise
+from .image_metrics import quantise
+from .neighbours import precision_recall
 from .reference import DigitImages, measure_reference
 from .subject import open_subject
 

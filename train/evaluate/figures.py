@@ -14,6 +14,7 @@ from .settings import BASELINES, Setting
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")
 MARKS = "osD^vPX*"
 TILE = 640  # largest side in compare.png
+MANY = 2048  # samples, Inception's features: with fewer an FID says little by itself
 COLUMNS = {
     "fid": ("FID", "{:.2f}"), "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
     "saturation": ("saturation", "{:.3f}"), "overshoot": ("overshoot", "{:.4f}"), "mottling": ("mottling", "{:.2f}"),
@@ -33,6 +34,9 @@ def markdown(results: dict) -> str:
         f"({results['reference']}; their saturation is {results['real_saturation']:.3f}).", "",
         "| " + " | ".join(head) + " |", "|" + " --- |" * len(head),
     ]
+    if results["samples"] < MANY:
+        lines[1:1] = [f"FID falls with the number of samples: with {results['samples']} it compares with that of as "
+                      "many only."]
     if classifier := results.get("classifier"):
         lines[1:1] = [f"Features and accuracy are a classifier's that reads {classifier['held_out']:.2%} of held-out "
                       f"real images; the mottling of real images is {classifier['real_mottling']:.2f}."]

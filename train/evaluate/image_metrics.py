@@ -27,34 +27,6 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), features.T.cov()
 
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (N,M) of (N,D) and (M,D), in float64: in float32 the fast way loses close neighbours to
-    cancellation."""
-    return torch.cdist(a.double(), b.double(), compute_mode="use_mm_for_euclid_dist")
-
-
-def neighbour_radius(features: Tensor, k: int = 3, chunk: int = 1024) -> Tensor:
-    """The distance of each feature (N,D) to its k-th nearest neighbour among them. (N,)"""
-    if len(features) <= k:
-        raise ValueError(f"precision and recall need more than {k} samples of each kind, got {len(features)}")
-    return torch.cat([distances(part, features).kthvalue(k + 1, dim=1).values for part in features.split(chunk)])
-
-
-def covered(points: Tensor, manifold: Tensor, radius: Tensor, chunk: int = 1024) -> float:
-    """The share of points (N,D) within the radius (M,) of some point of a manifold (M,D)."""
-    near = [(distances(part, manifold) <= radius).any(1) for part in points.split(chunk)]
-    return torch.cat(near).double().mean().item()
-
-
-def precision_recall(real: Tensor, real_radius: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    r"""Improved precision and recall of features (N,D), (M,D) (Kynkaanniemi et al. 2019).
-
-    Precision is the share of ``fake`` within the ball of some point of ``real`` that reaches to its k-th neighbour
-    (``real_radius`` (N,), of :func:`neighbour_radius`); recall the reverse.
-    """
-    return covered(fake, real, real_radius), covered(real, fake, neighbour_radius(fake, k))
-
-
 def quantise(images: Tensor) -> Tensor:
     """[-1,1] to uint8 as an image file would hold them; values beyond are cut."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

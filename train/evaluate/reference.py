@@ -10,16 +10,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from gmflow_core.files import file_size, write_safetensors
 
 from ..data.digits import INKS, Digits
 from ..data.images import ImageFolder, find_images, fingerprint
+from ..team import Team
 from .features import Features
-from .image_metrics import moments, neighbour_radius, quantise, saturation
+from .image_metrics import moments, quantise, saturation
+from .neighbours import CPU, neighbour_radius
 
 NEIGHBOURS = 10_000  # so many images at most are what precision, recall and accuracy look at
+ALONE = Team(CPU)
 
 
 class DigitImages:
@@ -132,23 +134,32 @@ class Reference:
         return self.mean, self.cov
 
 
-def measure_reference(images: Images, features: Features, limit: int, batch: int = 256) -> Reference:
-    """The features of all images, or of ``limit`` of them drawn at random."""
+def measure_reference(images: Images, features: Features, limit: int, batch: int = 256,
+                      team: Team = ALONE) -> Reference | None:
+    """The features of all images, or of ``limit`` of them drawn at random. Members of a team take batches in turn,
+    the first has the result, others None."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
-    parts, shades = [], []
-    for index in tqdm(order.split(batch), desc="real images", unit="batch"):
-        pixels = images.pixels(index)
-        parts.append(features(pixels))
-        shades.append(saturation(pixels))
-    every = torch.cat(parts)
-    mean, cov = images.known or moments(every)
-    if mean.shape != every.shape[1:]:
-        raise ValueError(f"{images.name}: its mu has {len(mean)} features, the feature network {every.shape[1]}")
+    batches = order.split(batch)
+
+    def measure(i: int) -> tuple[Tensor, Tensor]:
+        pixels = images.pixels(batches[i])
+        return features(pixels), saturation(pixels)
+
+    found = list(team.in_turn(batches, measure, desc="real images", unit="batch"))
+    return team.at_first(lambda: reference_of(images, order, *map(torch.cat, zip(*found, strict=True)), team.device))
+
+
+def reference_of(images: Images, order: Tensor, features: Tensor, shades: Tensor, device: torch.device) -> Reference:
+    """Of features (N,D) and saturations (N,) of the images of an order (N,)."""
+    mean, cov = images.known or moments(features)
+    if mean.shape != features.shape[1:]:
+        raise ValueError(f"{images.name}: its mu has {len(mean)} features, the feature network {features.shape[1]}")
     labels = torch.full((len(order),), -1) if images.labels is None else images.labels[order]
-    some = every[:NEIGHBOURS].clone()
+    some = features[:NEIGHBOURS].clone()
     return Reference(
-        images.name, len(order), mean.double(), cov.double(), some, neighbour_radius(some), labels[:NEIGHBOURS].clone(),
-        torch.cat(shades).mean().item(),
+        images.name, len(order), mean.double(), cov.double(), some,
+        neighbour_radius(some, device=device, what="radii of real images"), labels[:NEIGHBOURS].clone(),
+        shades.mean().item(),
     )
 
 

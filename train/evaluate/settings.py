@@ -9,8 +9,10 @@ from torch import Tensor
 
 from gmflow_core import Checkpoint, GMDenoiser, SecondOrder, flow_sigmas
 from gmflow_core.denoiser import Denoiser
+from gmflow_core.noise import ImageNoise
 from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS as SAMPLERS, SamplerOptions, sample
 from gmflow_core.schedule import default_substeps
+from gmflow_core.solver import NoiseSampler
 
 from .baselines import EULER, SCHEDULERS, sample_euler, sample_scheduler, sample_without_reanchoring
 
@@ -77,8 +79,10 @@ class Setting:
 
 
 def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None,
-          generator: torch.Generator | None = None) -> Tensor:
-    """Samples from noise x (B,C,*S). The stochastic solvers draw from ``generator``, on the CPU."""
+          generator: torch.Generator | list[torch.Generator] | None = None,
+          noise_sampler: NoiseSampler | None = None) -> Tensor:
+    """Samples from noise x (B,C,*S). Stochastic baselines draw from ``generator``, on the CPU, or from one for each
+    image; GM-SDE from ``noise_sampler``, else from the generator."""
     solver, steps = setting.solver, setting.steps
     if solver == "euler":
         return sample_euler(denoiser, x, steps)
@@ -93,20 +97,24 @@ def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None,
         GM_SOLVERS[solver], substeps=setting.substeps, spectral=setting.spectral,
         second_order=second_order,
     )
-    noise = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
-    return sample(denoiser, x, sigmas, options, spectrum=spectrum, noise_sampler=noise)
+    if noise_sampler is None:
+        noise_sampler = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
+    return sample(denoiser, x, sigmas, options, spectrum=spectrum, noise_sampler=noise_sampler)
 
 
 @torch.no_grad()
-def sample_images(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int) -> Tensor:
-    """One sample (B,C,H,W) for each label (B,), on the model's device; the noise depends on the seed alone."""
+def sample_images(checkpoint: Checkpoint, setting: Setting, labels: Tensor, seed: int, first: int = 0) -> Tensor:
+    """One sample (B,C,H,W) for each label (B,), on the model's device.
+
+    The noise of image number ``first`` + b depends on that number and the seed alone: any batches give the same images,
+    and every setting starts from the same noise.
+    """
     model, config = checkpoint.model, checkpoint.config
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((len(labels), config.in_channels, config.sample_size, config.sample_size),
-                    generator=generator).to(device)
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    noise = ImageNoise(seed, range(first, first + len(labels)), shape, device)
     denoiser = GMDenoiser(
         model, labels.to(device), setting.guidance, setting.orthogonal, method=setting.method,
         tilt=setting.guidance_tilt
     )
-    return solve(setting, denoiser, x, checkpoint.spectrum, generator)
+    return solve(setting, denoiser, noise(), checkpoint.spectrum, noise.streams, noise)
