@@ -7,6 +7,7 @@ import torch
 from conftest import assert_same
 from PIL import Image
 from test_host_numbers import checkpoint, core_noise  # noqa: F401
+from test_host_running import listener, watch  # noqa: F401
 
 from gmflow_core import (
     Conditioned,
@@ -237,6 +238,83 @@ def test_evidence_leaves_a_trace(digits, painted, host):
     g.add("GMFlowInspector", trace=sampled.out(1), view="pixel", step=1, pixel_x=8, pixel_y=4)
     result = host.run(g.graph)
     assert result.ok, result.error
+
+
+# ---- with what else there is ---------------------------------------------------------------------
+
+
+def painted_by_core(checkpoint, evidence, *, labels, seed=0, guidance=0.3, sigmas=None, batch=None, **settings):  # noqa: F811
+    """The core package's GM-ODE given evidence, from the noise of a seed."""
+    sigmas = flow_sigmas(3) if sigmas is None else sigmas
+    steps = len(sigmas) - 1
+    settings = dict(substeps=default_substeps(steps), second_order=SECOND) | settings
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor(labels), guidance, tilt=GUIDANCE_TILT, evidence=evidence)
+    with torch.no_grad():
+        return sample_gm_ode(denoiser, core_noise(batch or len(labels), seed) * sigmas[0], sigmas, **settings)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_orders_substeps_and_denoise_with_evidence(digits, painted, checkpoint, order):  # noqa: F811
+    """From an empty image, which is all zeros."""
+    g = digits(batch=2, labels="5")
+    found = g.latents(g.gm(model=hinted(g, painted(MAGENTA)), guidance=0.3, denoise=0.6, steps=3, substeps=5,
+                           order=order, seed=4))
+    evidence = hint(*mask_and_picture(MAGENTA), "colour", 0.05)
+    assert_same(found, painted_by_core(checkpoint, evidence, labels=[5, 5], seed=4, sigmas=flow_sigmas(3, 1.0, 0.6),
+                                       substeps=5, order=order))
+
+
+def test_a_batch_of_pictures_is_one_for_each_image(digits, painted, checkpoint):  # noqa: F811
+    """In turn; and an image that is sampled alone by its batch_index is the same image."""
+    green = {(4, 8): (0, 255, 0)}
+    g = digits(batch=3, labels="1")
+    first, second = (g.add("LoadImage", image=painted(p, name=f"turn{i}.png")) for i, p in enumerate((MAGENTA, green)))
+    both = g.add("ImageBatch", image1=first, image2=second)
+    masks = g.add("ImageToMask", image=g.add("ImageBatch", image1=g.add("MaskToImage", mask=first.out(1)),
+                                             image2=g.add("MaskToImage", mask=second.out(1))), channel="red")
+    model = g.add("GMFlowApplyEvidence", model=g.model, evidence=g.add("GMFlowHint", image=both, mask=masks))
+    third = g.add("LatentFromBatch", samples=g.empty, batch_index=2, length=1)
+    found, alone = g.latents(g.gm(model=model, steps=3, guidance=0.3),
+                             g.gm(model=model, steps=3, guidance=0.3, latent_image=third))
+    pictures, known = (torch.cat(t) for t in zip(*(mask_and_picture(p) for p in (MAGENTA, green, MAGENTA)),
+                                                 strict=True))
+    assert_same(found, painted_by_core(checkpoint, hint(pictures, known, "colour", 0.05), labels=[1, 1, 1]))
+    assert dominant_inks(found).tolist() == [list(INKS).index(name) for name in ("magenta", "green", "magenta")]
+    assert_same(alone, found[2:])
+
+
+def test_our_guider_brings_evidence_to_core_samplers(digits, painted, checkpoint):  # noqa: F811
+    """Echo and all: euler on the mean of the guided mixture."""
+    g = digits(batch=2, labels="2")
+    guider = g.add("GMFlowGuider", model=hinted(g, painted(MAGENTA)), positive=g.positive, guidance=0.3)
+    found = g.latents(g.custom(g.add("KSamplerSelect", sampler_name="euler"), guider, steps=3))
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([2, 2]), 0.3,
+                          evidence=hint(*mask_and_picture(MAGENTA), "colour", 0.05))
+    x, grid = core_noise(2, 0), flow_sigmas(3).tolist()
+    with torch.no_grad():
+        for s, t in zip(grid, grid[1:], strict=False):
+            mean = denoiser(x, s).posterior.mean()
+            x = mean + (x - mean) * (t / s)
+    assert_same(found, x)
+
+
+def test_progress_and_previews_with_evidence(digits, painted, host, listener):  # noqa: F811
+    """One step forward for every network step, echo or not, each with a picture."""
+    g = digits(batch=2, labels="3")
+    link = g.gm(model=hinted(g, painted(MAGENTA)), steps=4, seed=next(host.counter))
+    host.save(g.graph, link)
+    progress, previews = watch(host, listener, g.graph)
+    assert [p["value"] for p in progress] == [1, 2, 3, 4] and len(previews) >= 3
+
+
+def test_cancelling_with_evidence(digits, painted, host, listener):  # noqa: F811
+    g = digits(batch=2, labels="3")
+    host.save(g.graph, g.gm(model=hinted(g, painted(MAGENTA)), steps=400, seed=next(host.counter)))
+    prompt_id = host.queue(g.graph, listener.client_id)["prompt_id"]
+    while not (frame := listener.frame())[0] == 1 or json.loads(frame[1])["type"] != "progress":
+        pass
+    host.post("/interrupt", {})
+    assert host.wait(prompt_id).interrupted
 
 
 # ---- bad input -----------------------------------------------------------------------------------
