@@ -348,3 +348,46 @@ def test_a_hypothesis_that_is_not_there_is_one_line(digits, host):
     g = digits(batch=1, labels="1")
     e = g.add("GMFlowChoose", trace=g.gm(steps=2).out(1), step=7, image=0, hypothesis=1, strength=1.0)
     refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "step: got 7")
+
+
+def test_a_trace_without_steps_is_one_line(digits, host):
+    """A core sampler leaves none; and an image that a trace does not hold."""
+    g = digits(batch=1, labels="1")
+    empty = g.custom(g.add("KSamplerSelect", sampler_name="euler"), steps=2).out(2)
+    e = g.add("GMFlowChoose", trace=empty, step=0, image=0, hypothesis=1, strength=1.0)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "trace: it is empty", "GM samplers")
+    g = digits(batch=1, labels="1")
+    e = g.add("GMFlowChoose", trace=g.gm(steps=2).out(1), step=0, image=3, hypothesis=1, strength=1.0)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "image: got 3")
+
+
+def test_masks_that_do_not_fit_are_one_line(digits, painted, host):
+    """Of another size; and none: a picture without transparency brings a black one of 64 x 64."""
+    g = digits(batch=1, labels="1")
+    image, mask = g.add("LoadImage", image=painted(MAGENTA)), g.add("SolidMask", value=1.0, width=8, height=9)
+    e = g.add("GMFlowHint", image=image, mask=mask)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "mask: 8 x 9", "an image of 16 x 16")
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(host.base / "input" / "opaque.png")
+    refused(host, g := digits(batch=1, labels="1"), hinted(g, "opaque.png"), "nothing is painted",
+            "without transparency")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), 5.0])
+def test_a_std_that_is_none_is_refused(digits, painted, host, value):
+    """By the page's own limits, or by the node."""
+    for node in ("GMFlowHint", "GMFlowSmallPicture"):
+        g = digits(batch=1, labels="1")
+        e = g.add(node, image=g.add("LoadImage", image=painted(MAGENTA)), std=value)
+        host.save(g.graph, g.gm(model=g.add("GMFlowApplyEvidence", model=g.model, evidence=e), steps=1))
+        message = host.refused(g.graph)
+        assert "std" in message and "Traceback" not in message, message
+
+
+def test_no_mask_is_the_whole_picture(digits, painted, checkpoint):  # noqa: F811
+    g = digits(batch=1, labels="6")
+    image = g.add("LoadImage", image=painted({(x, y): (200, 40, 90) for x in range(16) for y in range(16)}))
+    e = g.add("GMFlowHint", image=image, std=0.5)
+    found = g.latents(g.gm(model=g.add("GMFlowApplyEvidence", model=g.model, evidence=e), guidance=0.3, steps=3))
+    picture = (torch.tensor([200.0, 40, 90]) / 127.5 - 1).reshape(1, 3, 1, 1).expand(1, 3, 16, 16)
+    evidence = hint(picture, torch.ones(1, 1, 16, 16), "colour", 0.5)
+    assert_same(found, painted_by_core(checkpoint, evidence, labels=[6]))
