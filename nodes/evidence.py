@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from comfy_api.latest import io
 
 from ..gmflow_core.hints import KINDS
-from ..gmflow_core.inspection.beliefs import hypotheses
-from ..gmflow_core.inspection.statistics import first_regions
-from ..gmflow_core.inspection.trace import pick
+from ..gmflow_core.inspection.statistics import chosen_hypothesis
 from . import host, host_sampling
 from .evidence_source import Chosen, EvidenceSource, Hint, SmallPicture, from_images, mask_for
 from .schema import GMEvidence, GMTrace, advanced, schema
@@ -138,26 +135,11 @@ class GMFlowChoose(io.ComfyNode):
             raise ValueError(f"trace: got a {type(trace).__name__}; connect the trace of GMFlow KSampler or GMFlow "
                              f"Sampler Custom")
         check_std(strength, "strength")
-        centre, mask = chosen(trace.trace(), step, image, hypothesis, max_components)
-        part = Chosen(centre, 1 / strength, f"hypothesis {hypothesis}", mask if where == "its pixels" else None)
+        colour, share = chosen_hypothesis(trace.trace(), step, image, hypothesis, max_components)
+        mask = share.unsqueeze(0) if where == "its pixels" else None
+        part = Chosen(colour, 1 / strength, f"hypothesis {hypothesis}", mask)
         part.check(host.require_gmflow(trace.model))
         return io.NodeOutput(joined(previous, part))
-
-
-def chosen(trace, step: int, image: int, number: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean colour (C,) of a hypothesis at a step and its weight (1,1,H,W) over its largest; numbers begin with 1.
-    ValueError if there is none."""
-    centres = first_regions(trace, image, count)                                # (1,n,C)
-    if not 1 <= number <= centres.shape[1]:
-        raise ValueError(f"hypothesis: got {number}; this trace has hypotheses 1 to {centres.shape[1]} "
-                         f"(max_components {count})")
-    merged = hypotheses(pick(trace, step, image).corrected, centres.shape[1], centres)
-    weights = merged.weights[0, number - 1]                                     # (1,H,W)
-    if float(weights.sum()) < 1e-3:
-        raise ValueError(f"hypothesis: {number} has no weight left at step {step}; choose an earlier step, or "
-                         f"another one")
-    centre = (weights * merged.means[0, number - 1]).sum((-2, -1)) / weights.sum()
-    return centre, (weights / weights.max()).unsqueeze(0)
 
 
 class GMFlowApplyEvidence(io.ComfyNode):

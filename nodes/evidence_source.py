@@ -36,6 +36,7 @@ class Hint:
     latents: Tensor | None = None
 
     def check(self, info: Info) -> None:
+        _three_channels(info)
         if self.latents is None and not paints_rgb(info):
             raise ValueError("evidence: this model paints latents, and the hint is a picture; connect the model's "
                              "vae to GMFlow Hint")
@@ -136,7 +137,14 @@ def paints_rgb(info: Info) -> bool:
     return isinstance(info, ModelInfo) and info.latent_space.kind == "rgb" and info.config.in_channels == 3
 
 
+def _three_channels(info: Info) -> None:
+    if isinstance(info, ModelInfo) and info.latent_space.kind == "rgb" and info.config.in_channels != 3:
+        raise ValueError(f"evidence: it is made of RGB pictures, and this model paints pixels of "
+                         f"{info.config.in_channels} channels; evidence about those is for Python (PixelEvidence)")
+
+
 def _rgb_only(info: Info, what: str) -> None:
+    _three_channels(info)
     if not paints_rgb(info):
         raise ValueError(f"evidence: {what} is about RGB pixels, and this model paints latents, which are no "
                          f"colours; use a hint of kind colour")
@@ -168,8 +176,8 @@ def mask_for(image: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def fitted(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Picture and mask at a size (H, W), averaged over areas: what is not painted lends no colour. ValueError for "
-      "another shape."""
+    """Picture and mask at a size (H, W), averaged over areas: what is not painted lends no colour.
+    ValueError for another shape."""
     height, width = image.shape[-2:]
     if (height, width) == tuple(size):
         return image, mask

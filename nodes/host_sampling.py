@@ -150,8 +150,11 @@ def make_guider(model, positive, negative, guidance: Guidance) -> GMFlowGuider:
 # ---- evidence ----------------------------------------------------------------------------------
 
 def encode(vae, image):
-    """A picture (N,H,W,3) as the host's latents."""
-    return vae.encode(image[..., :3])
+    """A picture (N,H,W,3) as the host's latents. ValueError if they are none."""
+    latents = vae.encode(image[..., :3])
+    if not latents.isfinite().all():
+        raise ValueError("vae: it makes NaN or infinite values of this picture (a VAE in half precision?)")
+    return latents
 
 
 def with_evidence(model, source: EvidenceSource, propagate: bool, end_percent: float, limit: float):
@@ -167,8 +170,8 @@ def with_evidence(model, source: EvidenceSource, propagate: bool, end_percent: f
 
 
 def tilted_mean(executor, x, timestep, model_options=None, seed=None, **kwargs):
-    """What a core sampler gets of a core guider on a MODEL with evidence: the tilted mixture's mean. Nothing "
-      "propagates."""
+    """What a core sampler gets of a core guider on a MODEL with evidence: the tilted mixture's mean.
+    Nothing propagates."""
     options, guider = {} if model_options is None else model_options, executor.class_obj
     evidence, watchers = evidence_in(options), guider.model_options.get("transformer_options", {}).get("wrappers", {})
     if evidence is None or getattr(guider, "uses_evidence", False) or CAPTURE in watchers.get(PREDICT_NOISE, {}):

@@ -43,6 +43,21 @@ def first_regions(trace: Trace, image: int, count: int) -> Tensor:
     return regions(first, min(count, first.components))
 
 
+def chosen_hypothesis(trace: Trace, step: int, image: int, number: int, count: int) -> tuple[Tensor, Tensor]:
+    """The mean colour (C,) of a hypothesis at a step, over the image, and its weights (1,H,W) over the largest of them.
+    Numbers begin with 1, as in the pictures that show at most ``count``; ValueError for one that is not there."""
+    centres = first_regions(trace, image, count)                                # (1,N,C)
+    if not 1 <= number <= centres.shape[1]:
+        raise ValueError(f"hypothesis: got {number}; this trace has hypotheses 1 to {centres.shape[1]} "
+                         f"(max_components {count})")
+    merged = hypotheses(pick(trace, step, image).corrected, centres.shape[1], centres)
+    weights = merged.weights[0, number - 1]                                     # (1,H,W)
+    if float(weights.sum()) < 1e-3:
+        raise ValueError(f"hypothesis: {number} has no weight left at step {step}; choose an earlier step, or "
+                         f"another one")
+    return (weights * merged.means[0, number - 1]).sum((-2, -1)) / weights.sum(), weights / weights.max()
+
+
 def at_pixel(mixture: Mixture, pixel: tuple[int, int]) -> GaussianMixture:
     """The mixture (B,K,C,1,1) of one pixel (x, y); ValueError if there is none."""
     x, y = pixel

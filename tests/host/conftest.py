@@ -26,7 +26,7 @@ def host(request, tmp_path_factory):
     """A running server with the pack in it."""
     if request.param is None:
         pytest.skip(MISSING)
-    host = Host(request.param, tmp_path_factory.mktemp("comfyui"), packs=(Path(__file__).parent / "wrappers",))
+    host = Host(request.param, tmp_path_factory.mktemp("comfyui"), packs=(Path(__file__).parent / "tiny_pack",))
     host.start()
     yield host
     host.stop()

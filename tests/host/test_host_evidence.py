@@ -7,6 +7,7 @@ import torch
 from conftest import assert_same
 from PIL import Image
 from test_host_numbers import checkpoint, core_noise  # noqa: F401
+from test_host_running import listener, watch  # noqa: F401
 
 from gmflow_core import (
     Conditioned,
@@ -239,6 +240,83 @@ def test_evidence_leaves_a_trace(digits, painted, host):
     assert result.ok, result.error
 
 
+# ---- with what else there is ---------------------------------------------------------------------
+
+
+def painted_by_core(checkpoint, evidence, *, labels, seed=0, guidance=0.3, sigmas=None, batch=None, **settings):  # noqa: F811
+    """The core package's GM-ODE given evidence, from the noise of a seed."""
+    sigmas = flow_sigmas(3) if sigmas is None else sigmas
+    steps = len(sigmas) - 1
+    settings = dict(substeps=default_substeps(steps), second_order=SECOND) | settings
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor(labels), guidance, tilt=GUIDANCE_TILT, evidence=evidence)
+    with torch.no_grad():
+        return sample_gm_ode(denoiser, core_noise(batch or len(labels), seed) * sigmas[0], sigmas, **settings)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_orders_substeps_and_denoise_with_evidence(digits, painted, checkpoint, order):  # noqa: F811
+    """From an empty image, which is all zeros."""
+    g = digits(batch=2, labels="5")
+    found = g.latents(g.gm(model=hinted(g, painted(MAGENTA)), guidance=0.3, denoise=0.6, steps=3, substeps=5,
+                           order=order, seed=4))
+    evidence = hint(*mask_and_picture(MAGENTA), "colour", 0.05)
+    assert_same(found, painted_by_core(checkpoint, evidence, labels=[5, 5], seed=4, sigmas=flow_sigmas(3, 1.0, 0.6),
+                                       substeps=5, order=order))
+
+
+def test_a_batch_of_pictures_is_one_for_each_image(digits, painted, checkpoint):  # noqa: F811
+    """In turn; and an image that is sampled alone by its batch_index is the same image."""
+    green = {(4, 8): (0, 255, 0)}
+    g = digits(batch=3, labels="1")
+    first, second = (g.add("LoadImage", image=painted(p, name=f"turn{i}.png")) for i, p in enumerate((MAGENTA, green)))
+    both = g.add("ImageBatch", image1=first, image2=second)
+    masks = g.add("ImageToMask", image=g.add("ImageBatch", image1=g.add("MaskToImage", mask=first.out(1)),
+                                             image2=g.add("MaskToImage", mask=second.out(1))), channel="red")
+    model = g.add("GMFlowApplyEvidence", model=g.model, evidence=g.add("GMFlowHint", image=both, mask=masks))
+    third = g.add("LatentFromBatch", samples=g.empty, batch_index=2, length=1)
+    found, alone = g.latents(g.gm(model=model, steps=3, guidance=0.3),
+                             g.gm(model=model, steps=3, guidance=0.3, latent_image=third))
+    pictures, known = (torch.cat(t) for t in zip(*(mask_and_picture(p) for p in (MAGENTA, green, MAGENTA)),
+                                                 strict=True))
+    assert_same(found, painted_by_core(checkpoint, hint(pictures, known, "colour", 0.05), labels=[1, 1, 1]))
+    assert dominant_inks(found).tolist() == [list(INKS).index(name) for name in ("magenta", "green", "magenta")]
+    assert_same(alone, found[2:])
+
+
+def test_our_guider_brings_evidence_to_core_samplers(digits, painted, checkpoint):  # noqa: F811
+    """Echo and all: euler on the mean of the guided mixture."""
+    g = digits(batch=2, labels="2")
+    guider = g.add("GMFlowGuider", model=hinted(g, painted(MAGENTA)), positive=g.positive, guidance=0.3)
+    found = g.latents(g.custom(g.add("KSamplerSelect", sampler_name="euler"), guider, steps=3))
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([2, 2]), 0.3,
+                          evidence=hint(*mask_and_picture(MAGENTA), "colour", 0.05))
+    x, grid = core_noise(2, 0), flow_sigmas(3).tolist()
+    with torch.no_grad():
+        for s, t in zip(grid, grid[1:], strict=False):
+            mean = denoiser(x, s).posterior.mean()
+            x = mean + (x - mean) * (t / s)
+    assert_same(found, x)
+
+
+def test_progress_and_previews_with_evidence(digits, painted, host, listener):  # noqa: F811
+    """One step forward for every network step, echo or not, each with a picture."""
+    g = digits(batch=2, labels="3")
+    link = g.gm(model=hinted(g, painted(MAGENTA)), steps=4, seed=next(host.counter))
+    host.save(g.graph, link)
+    progress, previews = watch(host, listener, g.graph)
+    assert [p["value"] for p in progress] == [1, 2, 3, 4] and len(previews) >= 3
+
+
+def test_cancelling_with_evidence(digits, painted, host, listener):  # noqa: F811
+    g = digits(batch=2, labels="3")
+    host.save(g.graph, g.gm(model=hinted(g, painted(MAGENTA)), steps=400, seed=next(host.counter)))
+    prompt_id = host.queue(g.graph, listener.client_id)["prompt_id"]
+    while not (frame := listener.frame())[0] == 1 or json.loads(frame[1])["type"] != "progress":
+        pass
+    host.post("/interrupt", {})
+    assert host.wait(prompt_id).interrupted
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -270,3 +348,46 @@ def test_a_hypothesis_that_is_not_there_is_one_line(digits, host):
     g = digits(batch=1, labels="1")
     e = g.add("GMFlowChoose", trace=g.gm(steps=2).out(1), step=7, image=0, hypothesis=1, strength=1.0)
     refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "step: got 7")
+
+
+def test_a_trace_without_steps_is_one_line(digits, host):
+    """A core sampler leaves none; and an image that a trace does not hold."""
+    g = digits(batch=1, labels="1")
+    empty = g.custom(g.add("KSamplerSelect", sampler_name="euler"), steps=2).out(2)
+    e = g.add("GMFlowChoose", trace=empty, step=0, image=0, hypothesis=1, strength=1.0)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "trace: it is empty", "GM samplers")
+    g = digits(batch=1, labels="1")
+    e = g.add("GMFlowChoose", trace=g.gm(steps=2).out(1), step=0, image=3, hypothesis=1, strength=1.0)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "image: got 3")
+
+
+def test_masks_that_do_not_fit_are_one_line(digits, painted, host):
+    """Of another size; and none: a picture without transparency brings a black one of 64 x 64."""
+    g = digits(batch=1, labels="1")
+    image, mask = g.add("LoadImage", image=painted(MAGENTA)), g.add("SolidMask", value=1.0, width=8, height=9)
+    e = g.add("GMFlowHint", image=image, mask=mask)
+    refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=e), "mask: 8 x 9", "an image of 16 x 16")
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(host.base / "input" / "opaque.png")
+    refused(host, g := digits(batch=1, labels="1"), hinted(g, "opaque.png"), "nothing is painted",
+            "without transparency")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), 5.0])
+def test_a_std_that_is_none_is_refused(digits, painted, host, value):
+    """By the page's own limits, or by the node."""
+    for node in ("GMFlowHint", "GMFlowSmallPicture"):
+        g = digits(batch=1, labels="1")
+        e = g.add(node, image=g.add("LoadImage", image=painted(MAGENTA)), std=value)
+        host.save(g.graph, g.gm(model=g.add("GMFlowApplyEvidence", model=g.model, evidence=e), steps=1))
+        message = host.refused(g.graph)
+        assert "std" in message and "Traceback" not in message, message
+
+
+def test_no_mask_is_the_whole_picture(digits, painted, checkpoint):  # noqa: F811
+    g = digits(batch=1, labels="6")
+    image = g.add("LoadImage", image=painted({(x, y): (200, 40, 90) for x in range(16) for y in range(16)}))
+    e = g.add("GMFlowHint", image=image, std=0.5)
+    found = g.latents(g.gm(model=g.add("GMFlowApplyEvidence", model=g.model, evidence=e), guidance=0.3, steps=3))
+    picture = (torch.tensor([200.0, 40, 90]) / 127.5 - 1).reshape(1, 3, 1, 1).expand(1, 3, 16, 16)
+    evidence = hint(picture, torch.ones(1, 1, 16, 16), "colour", 0.5)
+    assert_same(found, painted_by_core(checkpoint, evidence, labels=[6]))

@@ -1,29 +1,34 @@
 r"""What evidence does to digits, beside other ways to use it:
 ``python -m train.evaluate CHECKPOINT --evidence half hint grey``
 
-Real digits in random inks are hidden but for what a task shows of them; labels are known. Rows are added to
-OUT/evidence.json as they are made: run again to go on, or with other tasks, methods or settings to add theirs.
+Real digits in random inks are hidden but for what a task shows of them; labels are known. ``exact`` asks no checkpoint:
+it is about a prior that is known exactly. Rows are added to OUT/evidence.json as they are made: run again to go on, or
+with other tasks, methods or settings to add theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gmflow_core.files import write_atomically
-from gmflow_core.hints import in_colour
-from gmflow_core.inspection.beliefs import regions
+from gmflow_core.hints import hint, in_colour
+from gmflow_core.inspection.statistics import chosen_hypothesis
+from gmflow_core.inspection.trace import Recorder
 from gmflow_core.pictures import image_grid
 
 from ..console import say
 from ..data.digits import Digits
 from .digits_metrics import dominant_inks, grey8, hue_metrics, train_svm
+from .evidence_exact import CASES, total_variation
 from .evidence_methods import CALLS, METHODS, Problem
 from .evidence_tasks import TASKS, Task, Truth
 from .features import digits_features
@@ -34,7 +39,8 @@ from .subject import open_subject
 
 RESULTS = "evidence.json"
 CHOOSE = "choose"  # a hypothesis of the inspector's, and its colour asked for
-SHOWN = 10
+EXACT = "exact"    # a prior that is known exactly
+SHOWN, HYPOTHESES = 10, 8
 
 
 # ---- one row -----------------------------------------------------------------------------------
@@ -56,7 +62,7 @@ class Judge:
                 "recall": recall}
 
 
-def run_task(name: str, method: str, checkpoint, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[
+def run_task(name: str, method: str, model, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[
     Tensor, dict[str, float],
 ]:
     """All images of a row, and how they fit what was seen (rmse), what was hidden (hidden), and the true ink (ink).
@@ -68,7 +74,7 @@ def run_task(name: str, method: str, checkpoint, truth: Truth, noise: Tensor, ar
     for i, part in enumerate(torch.arange(len(noise)).split(args.batch)):
         clean = truth.images[part]
         task = TASKS[name](clean, torch.Generator().manual_seed((args.seed << 20) + i))
-        x = METHODS[method](Problem(checkpoint, task, clean, truth.labels[part], noise[part], args.steps, guidance))
+        x = METHODS[method](Problem(model, task, clean, truth.labels[part], noise[part], args.steps, guidance))
         misfit, error = (task.observe(x) - task.observe(clean)).square(), (x - clean).square()
         seen = misfit.numel() * (task.seen.mean() if bool(task.seen.any()) else 1.0)
         sums += torch.stack([misfit.sum(), torch.as_tensor(seen), (error * (1 - task.seen)).sum(),
@@ -81,99 +87,143 @@ def run_task(name: str, method: str, checkpoint, truth: Truth, noise: Tensor, ar
     return x, {key: value.item() for key, value in figures.items()}
 
 
-def run_choice(method: str, checkpoint, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[
+def run_choice(method: str, model, truth: Truth, noise: Tensor, args, guidance: float) -> tuple[
     Tensor, Tensor, dict[str, float],
 ]:
     """Every image again in the colour of one hypothesis of its first step, with ``args.choose_std``: images, labels,
-    and how many come out in that ink. Hypotheses are the inspector's, of the second on in turn;
-    those without colour are left out."""
+    and how many come out in that ink. Hypotheses are the inspector's, the first to the
+    eighth in turn; those without colour are left out: ``asked`` is how many have one."""
     images, labels, hits = [], [], []
     for part in torch.arange(len(noise)).split(args.batch):
-        blank = Problem(checkpoint, None, noise[part], truth.labels[part], noise[part], args.steps, guidance)
-        steps: list = []
-        blank.solve(blank.denoiser(), callback=lambda info, steps=steps: steps.append(info.posterior.isotropic())
-                    if info.index == 0 else None)
-        for row, k in enumerate(part.tolist()):
-            centre = regions(steps[0].map(lambda t, row=row: t[row : row + 1]), 8)[0, k % 8]
-            try:
-                evidence = in_colour(centre, tuple(noise.shape[2:]), args.choose_std, "")
-            except ValueError:
-                continue
-            one = slice(k, k + 1)
-            problem = Problem(checkpoint, Task(evidence, None, None, None, None, args.choose_std), noise[one],
-                              truth.labels[one], noise[one], args.steps, guidance)
-            x = METHODS[method](problem)
-            full = ((centre + 1) / 2).clamp(0, 1)
-            wanted = dominant_inks((2 * full / full.max() - 1).reshape(1, 3, 1, 1))
-            images.append(x), labels.append(truth.labels[one]), hits.append(dominant_inks(x) == wanted)
+        problem = Problem(model, None, noise[part], truth.labels[part], noise[part], args.steps, guidance)
+        rows, colours = choices(problem, part.tolist(), args.choose_std)
+        pictures = colours[:, :, None, None].expand(-1, -1, *noise.shape[2:])
+        evidence = hint(pictures, torch.ones_like(pictures[:, :1]), "hue", args.choose_std)
+        task = Task(evidence, None, None, None, None, args.choose_std)
+        x = METHODS[method](replace(problem, task=task, labels=problem.labels[rows], noise=problem.noise[rows]))
+        full = (colours + 1) / 2
+        wanted = dominant_inks((2 * full / full.amax(1, keepdim=True) - 1)[:, :, None, None])
+        images.append(x), labels.append(problem.labels[rows]), hits.append(dominant_inks(x) == wanted)
     share = torch.cat(hits).float().mean().item()
-    return torch.cat(images), torch.cat(labels), {"ink": share}  # there is no truth to fit
+    return torch.cat(images), torch.cat(labels), {"ink": share, "asked": sum(map(len, hits))}  # no truth to fit
+
+
+def choices(problem: Problem, numbers: list[int], std: float) -> tuple[list[int], Tensor]:
+    """Which images of a problem have a hypothesis that can be asked for, and its colours (N,3), for every image's
+    hypothesis ``numbers[row] % 8 + 1`` of the first step."""
+    recorder = Recorder(images=len(numbers), steps=1)
+    problem.solve(problem.denoiser(), callback=recorder)
+    trace, rows, colours = recorder.trace(), [], []
+    for row, number in enumerate(numbers):
+        colour, _ = chosen_hypothesis(trace, 0, row, number % HYPOTHESES + 1, HYPOTHESES)
+        try:
+            in_colour(colour, (1, 1), std, "")
+        except ValueError:
+            continue
+        rows.append(row), colours.append(colour.clamp(-1, 1))
+    return rows, torch.stack(colours)
+
+
+def run_exact(method: str, args) -> dict[str, float]:
+    """The total variation of every case."""
+    return {name: total_variation(case, method, args.samples, args.steps, torch.Generator().manual_seed(args.seed))
+            for name, case in CASES.items()}
 
 
 # ---- the sweep ---------------------------------------------------------------------------------
 
 def sweep(args: argparse.Namespace) -> list[dict]:
     """Everything that was asked for; the rows of evidence.json."""
+    rows = Rows(args.out / RESULTS)
+    if EXACT in args.evidence:
+        for method in args.methods:
+            facts = {"task": EXACT, "method": method, "steps": args.steps, "samples": args.samples, "seed": args.seed}
+            if not rows.hold(facts):
+                rows.add(facts | {"calls": args.steps * CALLS.get(method, 1), "tv": run_exact(method, args)})
+    tasks = [task for task in args.evidence if task != EXACT]
+    if tasks:
+        sweep_digits(tasks, rows, args)
+    return rows.rows
+
+
+class Rows:
+    """evidence.json, written whenever a row comes."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.rows: list[dict] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def hold(self, facts: dict) -> bool:
+        return any(facts.items() <= row.items() for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        text = json.dumps(self.rows, indent=1) + "\n"
+        write_atomically(self.path, lambda file: file.write_text(text, encoding="utf-8"))
+        say(line(row))
+
+
+def sweep_digits(tasks: list[str], rows: Rows, args: argparse.Namespace) -> None:
+    """The rows of the tasks that are about digits."""
     subject = open_subject(args.checkpoint, None, torch.device("cpu"), "float32")
     if tuple(Digits.shape[1:]) != (subject.image_size,) * 2 or subject.decode is not None:
         raise ValueError(f"{args.checkpoint}: evidence is evaluated on the digits, RGB pictures of 16 x 16")
-    subject.checkpoint.model.requires_grad_(False)
-    path, data = args.out / RESULTS, Digits.load()
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    model, data = subject.checkpoint.model.requires_grad_(False), Digits.load()
     generator = torch.Generator().manual_seed(args.seed)
     truth = Truth.choose(data, args.samples, generator)
     noise = torch.randn(truth.images.shape, generator=generator)
     judge = Judge(data)
-    for guidance in args.guidance:
-        for task in args.evidence:
-            for method in args.methods:
-                facts = {"digest": subject.digest, "task": task, "method": method, "steps": args.steps,
-                         "guidance": guidance, "samples": args.samples, "seed": args.seed}
-                if any(facts.items() <= row.items() for row in rows) or (
-                    task == CHOOSE and method not in ("none", "tilt", "tilt + echo")
-                ):
-                    continue
-                start = time.perf_counter()
-                if task == CHOOSE:
-                    images, labels, figures = run_choice(method, subject.checkpoint, truth, noise, args, guidance)
-                else:
-                    images, figures = run_task(task, method, subject.checkpoint, truth, noise, args, guidance)
-                    labels = truth.labels
-                calls = args.steps * CALLS.get(method, 1) * (2 if guidance else 1)
-                row = {**facts, "calls": calls, **figures, **judge(images, labels),
-                       "seconds": round(time.perf_counter() - start, 1)}
-                rows.append(row)
-                write_atomically(path,
-                                 lambda file: file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8"))
-                name = (f"{task} {method} {args.steps} steps guidance "
-                        f"{guidance:g}.png".replace(" ", "_").replace(",", "").replace("'", ""))
-                image_grid(images[:SHOWN], SHOWN, scale=3).save(args.out / name)
-                say(line(row))
-    return rows
+    for guidance, task, method in itertools.product(args.guidance, tasks, args.methods):
+        facts = {"digest": subject.digest, "task": task, "method": method, "steps": args.steps,
+                 "guidance": guidance, "samples": args.samples, "seed": args.seed}
+        if rows.hold(facts) or (task == CHOOSE and method not in ("none", "tilt", "tilt + echo")):
+            continue
+        start = time.perf_counter()
+        if task == CHOOSE:
+            images, labels, figures = run_choice(method, model, truth, noise, args, guidance)
+        else:
+            images, figures = run_task(task, method, model, truth, noise, args, guidance)
+            labels = truth.labels
+        calls = args.steps * CALLS.get(method, 1) * (2 if guidance else 1)
+        rows.add({**facts, "calls": calls, **figures, **judge(images, labels),
+                  "seconds": round(time.perf_counter() - start, 1)})
+        name = f"{task} {method} {args.steps} steps guidance {guidance:g}.png"
+        name = name.replace(" ", "_").replace(",", "").replace("'", "")
+        image_grid(images[:SHOWN], SHOWN, scale=3).save(args.out / name)
 
 
 def line(row: dict) -> str:
-    """A row of the table."""
+    """A row of its table."""
+    if "tv" in row:
+        numbers = [f"{tv:.3f}" for tv in row["tv"].values()]
+        return cells([row["task"], row["method"], row["steps"], row["calls"], *numbers])
     percent = lambda name: f"{100 * row[name]:.1f}"  # noqa: E731
     rms = lambda name: f"{row[name]:.3f}" if name in row else "-"  # noqa: E731
-    cells = [row["task"], row["method"], f"{row['guidance']:g}", row["steps"], row["calls"], rms("rmse"),
-             percent("read"), percent("one_ink"), percent("ink"), f"{row['precision']:.2f}", f"{row['recall']:.2f}",
-             rms("hidden")]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return cells([row["task"], row["method"], row.get("asked", row["samples"]), f"{row['guidance']:g}", row["steps"],
+                  row["calls"], rms("rmse"), percent("read"), percent("one_ink"), percent("ink"),
+                  f"{row['precision']:.2f}", f"{row['recall']:.2f}", rms("hidden")])
+
+
+def cells(values: list) -> str:
+    return "| " + " | ".join(map(str, values)) + " |"
 
 
 def table(rows: list[dict]) -> str:
-    names = ["task", "method", "guidance", "steps", "calls", "rmse", "read", "one ink", "ink", "precision",
+    """Of the digits, and of the exact prior: the total variation of its modes' shares."""
+    names = ["task", "method", "digits", "guidance", "steps", "calls", "rmse", "read", "one ink", "ink", "precision",
              "recall", "hidden"]
-    return "\n".join(["| " + " | ".join(names) + " |", "|" + " --- |" * len(names), *map(line, rows)]) + "\n"
+    parts = [(names, [row for row in rows if "tv" not in row]),
+             (["prior", "method", "steps", "calls", *CASES], [row for row in rows if "tv" in row])]
+    return "\n".join("\n".join([cells(heads), "|" + " --- |" * len(heads), *map(line, part), ""])
+                     for heads, part in parts if part)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=__doc__.split("``")[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--evidence", nargs="+", required=True, metavar="TASK", choices=(*TASKS, CHOOSE),
-                        help=f"of {', '.join((*TASKS, CHOOSE))}")
+    parser.add_argument("--evidence", nargs="+", required=True, metavar="TASK", choices=(*TASKS, CHOOSE, EXACT),
+                        help=f"of {', '.join((*TASKS, CHOOSE, EXACT))}")
     parser.add_argument("--methods", nargs="+", metavar="NAME",
                         default=["none", "noise mask", "one Gaussian", "tilt", "tilt + echo"],
                         choices=METHODS, help=f"of {', '.join(METHODS)} (default all but those with gradients)")

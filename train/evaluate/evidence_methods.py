@@ -15,16 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmflow_core import (
-    Checkpoint,
-    Conditioned,
-    GaussianMixture,
-    GMDenoiser,
-    Inpaint,
-    SecondOrder,
-    flow_sigmas,
-    unguided,
-)
+from gmflow_core import Conditioned, GaussianMixture, GMDenoiser, Inpaint, SecondOrder, flow_sigmas, unguided
 from gmflow_core.denoiser import Denoiser
 from gmflow_core.echo import FIRST_SIGMA
 from gmflow_core.evidence import Evidence
@@ -42,16 +33,16 @@ OPTIONS = SamplerOptions(second_order=SecondOrder(tilt=SECOND_ORDER_TILT))
 class Problem:
     """One batch of a task."""
 
-    checkpoint: Checkpoint
+    model: torch.nn.Module
     task: Task
     truth: Tensor
-    labels: Tensor
+    labels: Tensor | None
     noise: Tensor
     steps: int
     guidance: float
 
     def denoiser(self, evidence: Evidence | Conditioned | None = None) -> GMDenoiser:
-        return GMDenoiser(self.checkpoint.model, self.labels, self.guidance, tilt=GUIDANCE_TILT, evidence=evidence)
+        return GMDenoiser(self.model, self.labels, self.guidance, tilt=GUIDANCE_TILT, evidence=evidence)
 
     def solve(self, denoiser: Denoiser, inpaint=None, callback=None) -> Tensor:
         with torch.no_grad():
@@ -97,7 +88,7 @@ def one_gaussian(p: Problem) -> Tensor:
             return [gaussian_of(mixture) for mixture in plain.posteriors(xs, sigma, roles)]
 
     given = Conditioned(p.task.evidence, propagate=False)
-    return p.solve(Moments(p.checkpoint.model, p.labels, p.guidance, tilt=GUIDANCE_TILT, evidence=given))
+    return p.solve(Moments(p.model, p.labels, p.guidance, tilt=GUIDANCE_TILT, evidence=given))
 
 
 def gaussian_of(mixture: Mixture) -> Mixture:

@@ -48,6 +48,19 @@ class TinyVAE:
         return torch.sigmoid(samples[:, :3]).movedim(1, -1)
 
 
+class TinyEncoder:
+    """In the place of Load VAE: ComfyUI's own VAE, a TAESD of random weights, in the layout of a base's latents."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"layout": (["SD", *tiny.NAMES],)}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "get", "tests"
+
+    def get(self, layout):
+        return (tiny.encoder(layout),)
+
+
 class TinyNoise:
     """In the place of RandomNoise: the stored noise."""
 
@@ -101,4 +114,5 @@ class TinyRecord:
         return (comfy.samplers.KSAMPLER(sample, sampler.extra_options, sampler.inpaint_options),)
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TinyBase, TinyText, TinyVAE, TinyNoise, TinyRecord)}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TinyBase, TinyText, TinyVAE, TinyEncoder,
+                                                       TinyNoise, TinyRecord)}

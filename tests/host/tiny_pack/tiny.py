@@ -12,6 +12,7 @@ from pathlib import Path
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from safetensors.torch import load_file
@@ -80,6 +81,26 @@ def base(name: str, dtype: torch.dtype = torch.float32):
     model.load_model_weights(weights, "")
     model.diffusion_model.to(dtype)
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def encoder(layout: str):
+    """A VAE whose latents are SD's, or those of a base: 16 channels, with a time axis, or 128 at half the size."""
+    channels = {"SD": 4, "gmflux2_tiny": 32}.get(layout, 16)
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for key, value in comfy.taesd.taesd.TAESD(latent_channels=channels).state_dict().items():
+        if value.ndim:  # ComfyUI leaves weights as memory was
+            fan = value.numel() / len(value)
+            value = torch.randn(value.shape, generator=generator) / fan**0.5 if fan > 1 else torch.zeros_like(value)
+        weights[key] = value
+
+    class Encoder(comfy.sd.VAE):
+        def encode(self, pixels):
+            latents = super().encode(pixels)
+            if layout == "gmflux2_tiny":
+                return torch.nn.functional.pixel_unshuffle(latents, 2)
+            return latents.unsqueeze(2) if layout == "gmqwen_tiny" else latents
+
+    return Encoder(sd=weights)
 
 
 def conditioning(name: str, row: int = 0, guidance: float | None = None) -> list:
