@@ -75,7 +75,7 @@ class Tiny:
                                      latent_image=self.empty) | inputs)
 
     def ode(self, **inputs) -> Node:
-        return self.add("SamplerGMFlowODE", **dict(order=1, temperature=0.0) | inputs)
+        return self.add("SamplerGMFlowODE", **dict(order=1) | inputs)
 
     def run(self, *links):
         """Run the graph; the tensors of these LATENT links, Qwen-Image's without their time axis."""
