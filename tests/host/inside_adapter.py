@@ -1,6 +1,7 @@
 """Runs inside ComfyUI's Python: what a MODEL with an adapter does to the MODEL it came from, and the other way round.
 
-``inside_adapter.py PACK TASK NAME``; prints one JSON object. The pack is loaded as inside.py loads it.
+``inside_adapter.py PACK NAME [TASK ...]``; prints one JSON object: what each task found, or its traceback under
+"error". The pack is loaded as inside.py loads it.
 """
 
 import asyncio
@@ -12,11 +13,12 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from importlib import import_module
 from pathlib import Path
 
-ROOT, TASK, NAME = sys.argv[1:4]
-sys.argv = ["main.py", "--cpu", *sys.argv[4:]]
+ROOT, NAME, *CHOSEN = sys.argv[1:]
+sys.argv = ["main.py", "--cpu"]
 
 import comfy.options  # noqa: E402
 
@@ -243,7 +245,8 @@ def gguf() -> dict:
         folder_paths.add_model_folder_path("unet_gguf", folder)
         folder_paths.add_model_folder_path("unet", folder)
         folder_paths.add_model_folder_path("diffusion_models", folder)
-        base = module.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("base.gguf")[0]
+        with tiny.own_sizes(NAME):
+            base = module.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("base.gguf")[0]
         lora = user_lora([BOTH])
         exact = tiny.base(NAME)
         pairs = {
@@ -340,6 +343,16 @@ def message(function, *args) -> str:
     return "no error"
 
 
-TASKS = (mixtures, alternating, loras, hooks, dtypes, gguf, compiled, guidance, shapes, low_memory, unreachable)
+def answer(task) -> dict:
+    try:
+        return task()
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+# Hooks first, as the very first run.
+TASKS = (hooks, mixtures, alternating, loras, dtypes, compiled, guidance, shapes, unreachable, low_memory)
+if os.environ.get("GGUF_PACK") and NAME == "gmflux_tiny":
+    TASKS += (gguf,)
 assert core
-print(json.dumps({task.__name__: task for task in TASKS}[TASK]()))
+print(json.dumps({task.__name__: answer(task) for task in TASKS if not CHOSEN or task.__name__ in CHOSEN}))
