@@ -116,3 +116,29 @@ def test_models_without_the_layers_are_named(inside, name):
     assert "a TensorRT engine has" in found["TrTUnet"]
     assert "model has no layers" in found["Other"] and "paints latents of" in found["axes"]
     assert all(text.startswith("ValueError: model: ") for text in found.values())
+
+
+@families
+def test_reference_latents(inside, name):
+    """Kontext, Edit: their tokens are part of the hidden state, as in the plain model, and not of the mixture."""
+    for found in inside("references", name).values():
+        assert found["means"] <= 1e-5 and found["log_weights"] <= 1e-5 and found["tokens"] >= 12
+
+
+@families
+def test_a_saved_model_is_restored_by_its_adapter(inside, name):
+    found = inside("saved", name)
+    assert found["lines"] == 1 and found["keys"] and found["difference"] <= 1e-5 and found["unasked"] > 0.1
+
+
+@families
+def test_nothing_is_registered(inside, name):
+    assert inside("registered", name) == {"own": 0, "layer": True, "table": True}
+
+
+@families
+def test_a_vae_of_its_own(inside, name):
+    """The inspector's pictures are those of VAE Decode; a VAE of another space is named."""
+    found = inside("decoding", name)
+    assert found["difference"] <= 1e-6 and found["spread"] > 0.1
+    assert all(text.startswith("ValueError: vae: this one decodes") for text in found["others"].values())
