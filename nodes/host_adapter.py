@@ -24,6 +24,7 @@ from ..gmflow_core.files import CheckpointError
 from .adapter_info import ATTACHMENT, SEAMS, AdapterInfo, Seam, host_module, rows_and_columns
 from .capture import CAPTURE, hand_over
 from .host import shift_of
+from .host_sampling import tell
 
 FOLDER = "loras"
 NETWORK = "diffusion_model."
@@ -105,6 +106,12 @@ class AdapterModulation(Replacement):
 class AdapterHead(Replacement):
     """The mixture's mean (B,L,C p p) of the modulated hidden state (B,L,D), in float32."""
 
+    def state_dict(self, *args, prefix: str = "", **kwargs):
+        if not prefix.startswith(NETWORK):  # ComfyUI saves the network alone, and asks the model for all else
+            tell("what is saved is the base with the adapter's LoRA in it, and not the adapter's heads; load it as any "
+                 "model and give it the same adapter with strength 0")
+        return super().state_dict(*args, prefix=prefix, **kwargs)
+
     @torch.compiler.disable
     def forward(self, hidden: Tensor) -> Tensor:
         heads, _ = self.tensors.on(hidden.device)
@@ -179,11 +186,9 @@ def supply_guidance(info: AdapterInfo):
             cond.setdefault("guidance", info.family.guidance)
         others = {cond["guidance"] for cond in conds} - {info.family.guidance}
         if others:
-            log.warning(
-                f"GMFlow Apply Adapter: a conditioning asks for guidance {', '.join(map(str, others))}, and "
-                f"{info.family.name} adapters know only {info.family.guidance}: the picture will be noise; remove that "
-                f"FluxGuidance, or set it to {info.family.guidance}"
-            )
+            tell(f"a conditioning asks for guidance {', '.join(map(str, others))}, and {info.family.name} adapters "
+                 f"know only {info.family.guidance}: the picture will be noise; remove that FluxGuidance, or set it to "
+                 f"{info.family.guidance}")
         return executor(*args, **kwargs)
 
     return wrapper
@@ -196,12 +201,11 @@ def tell_changes(keys: tuple[str, ...]):
         hooked = [key for patches in patcher.hook_patches.values() for key in patches]
         ignored = [key for key in keys if key in patcher.patches or key in hooked]
         if ignored:
-            log.warning(f"GMFlow Apply Adapter: a LoRA's part for {', '.join(ignored)} is ignored: "
-                        "the adapter replaces these layers")
+            tell(f"a LoRA's part for {', '.join(ignored)} is ignored: the adapter replaces these layers")
         sampling = patcher.get_model_object("model_sampling")
         if not isinstance(sampling, AdapterSampling):
-            log.warning(f"GMFlow Apply Adapter: a {type(sampling).__name__} node after it samples with shift "
-                        f"{shift_of(sampling):.4g} instead of the adapter's {SHIFT}")
+            tell(f"a {type(sampling).__name__} node after GMFlow Apply Adapter samples with shift "
+                 f"{shift_of(sampling):.4g} instead of the adapter's {SHIFT}")
 
     return callback
 

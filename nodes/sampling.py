@@ -27,8 +27,8 @@ SHIFT = ("Time shift, times the model's own. Above 1 spends more steps at high n
          "1 is right for the published model.")
 ORDER = "2 also uses the previous network evaluation: better with few steps. 1 is the plain solver."
 DENOISE = "1 paints from pure noise; below 1 starts from a partly noised input image and keeps more of it."
-TEMPERATURE = ("Below 1 sharpens the mixture (less variety), above 1 flattens it. 1 is the model as trained. 0 is the "
-               "model's own: 1, and for adapters 0.1 (steps - 1), at most 1. Adapters take none in the last step.")
+TEMPERATURE = ("0 is the model's own: 1, as trained, and for adapters 0.1 (steps - 1), at most 1. Below 1 sharpens the "
+               "mixture (less variety), above 1 flattens it. Adapters take none in the last step.")
 NEGATIVE = ("What to be guided away from. Left open: the null label, as trained; models with an adapter have none, "
             "and are not guided then.")
 TILT = ("Second order: published moves the pixels that are most undecided several times further than asked; limited "
@@ -67,7 +67,7 @@ def order_input():
 
 
 def temperature_input():
-    return advanced(io.Float.Input("temperature", default=1.0, min=0.0, max=4.0, step=0.05, round=False,
+    return advanced(io.Float.Input("temperature", default=0.0, min=0.0, max=4.0, step=0.05, round=False,
                                    tooltip=TEMPERATURE))
 
 
@@ -172,7 +172,10 @@ class SamplerGMFlowODE(io.ComfyNode):
             "SamplerGMFlowODE", "Sampler GM-ODE",
             "GM-ODE: deterministic. "
             "Between two network evaluations it follows the mixture analytically in many substeps.",
-            [order_input(), substeps_input(), *second_order_inputs(), temperature_input(), shift_input()],
+            [
+                order_input(), substeps_input(), *second_order_inputs(), temperature_input(), shift_input(),
+                tilt_input(SECOND_ORDER_TILT, TILT),
+            ],
             [io.Sampler.Output(tooltip="For every node that takes a SAMPLER; needs a GMFlow model.")],
             search_aliases=["gmflow", "gm-ode", "ode sampler", "gaussian mixture"],
         )

@@ -109,8 +109,8 @@ def test_models_that_evidence_does_not_suit(source, pack, rng, kind, channels, p
         "hint": source.Hint(picture(rng), torch.ones(1, 1, 16, 16), "colour", 0.05),
         "encoded": source.Hint(picture(rng), torch.ones(1, 1, 16, 16), "colour", 0.05, torch.zeros(1, 4, 2, 2)),
         "small": source.SmallPicture(picture(rng, 1, 4, 4), 0.02),
-        "chosen": source.Chosen(torch.tensor([1.0, -1, -1]), 1.0, "hypothesis 2"),
-        "grey": source.Chosen(torch.tensor([0.2, 0.2, 0.2]), 1.0, "hypothesis 2"),
+        "chosen": source.Chosen(torch.tensor([1.0, -1, -1]), 1.0, "hypothesis 2", None),
+        "grey": source.Chosen(torch.tensor([0.2, 0.2, 0.2]), 1.0, "hypothesis 2", None),
     }[part]
     with pytest.raises(ValueError, match=message):
         source.EvidenceSource((one,)).check(information(pack, channels, kind))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosting import MISSING, Graph, Host, Node, checkouts, version
+from adapters import DATA, NAMES, WEIGHTS, Tiny
+from hosting import MISSING, ROOT, Graph, Host, Node, checkouts, version
 
 CHECKOUTS = checkouts()
 
@@ -84,6 +85,39 @@ def digits(host):
     return lambda *args, **kwargs: Digits(host, *args, **kwargs)
 
 
+# ---- text-to-image adapters --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", params=CHECKOUTS or [None], ids=lambda path: version(path) if path else "no ComfyUI")
+def tiny(request, tmp_path_factory):
+    """A server with the tiny models' loaders beside the pack, and the adapters among the LoRAs.
+
+    MKL's elementary functions differ by machine in the last bit, which sinusoids of a few thousand make 1e-5 of:
+    the compatible ones are those that the recorded outputs were made with. Packs of other people that lie beside the
+    repository are there too.
+    """
+    if request.param is None:
+        pytest.skip(MISSING)
+    base = tmp_path_factory.mktemp("comfyui_tiny")
+    beside = [ROOT.parent / name for name in ("LanPaint", "ComfyUI-Detail-Daemon")]
+    packs = (Path(__file__).parent / "tiny_pack", *(pack for pack in beside if pack.is_dir()))
+    host = Host(request.param, base, packs=packs, MKL_CBWR="COMPATIBLE")
+    for name in NAMES:
+        (base / "models" / "loras" / f"{name}.safetensors").symlink_to(DATA / name / "adapter" / WEIGHTS)
+    host.start()
+    yield host
+    host.stop()
+
+
+@pytest.fixture
+def model(tiny):
+    """``model(name)``: the start of a graph with a tiny model and its adapter."""
+    return lambda name, **kwargs: Tiny(tiny, name, **kwargs)
+
+
+# ---- judges and reports ------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="session")
 def recognised():
     """How many images (N,3,16,16) in [-1, 1] show the digit asked for, to a classifier of real digits."""
@@ -103,7 +137,8 @@ def recognised():
 def pytest_runtest_makereport(item, call):
     """A failed test shows the end of its server's log."""
     outcome = yield
-    report, host = outcome.get_result(), getattr(item, "funcargs", {}).get("host")
+    report, given = outcome.get_result(), getattr(item, "funcargs", {})
+    host = given.get("host") or given.get("tiny")
     if report.failed and host is not None:
         report.sections.append((f"ComfyUI {host.version}", host.log()[-3000:]))
 

@@ -78,8 +78,13 @@ class Graph(dict):
         self.info = info
 
     def add(self, class_type: str, **inputs) -> Node:
-        known = self.info[class_type]["input"]
-        for name, spec in known.get("required", {}).items():
+        key = str(len(self) + 1)
+        self[key] = {"class_type": class_type, "inputs": self.filled(class_type, **inputs)}
+        return Node([key, 0])
+
+    def filled(self, class_type: str, **inputs) -> dict:
+        """These inputs, and the defaults of widgets that are not among them."""
+        for name, spec in self.info[class_type]["input"].get("required", {}).items():
             if name in inputs:
                 continue
             options = spec[1] if len(spec) > 1 else {}
@@ -89,9 +94,7 @@ class Graph(dict):
                 inputs[name] = spec[0][0]
             elif spec[0] == "COMBO":
                 inputs[name] = options["options"][0]
-        key = str(len(self) + 1)
-        self[key] = {"class_type": class_type, "inputs": inputs}
-        return Node([key, 0])
+        return inputs
 
 
 class Result:

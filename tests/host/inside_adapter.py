@@ -1,6 +1,7 @@
 """Runs inside ComfyUI's Python: what a MODEL with an adapter does to the MODEL it came from, and the other way round.
 
-``inside_adapter.py PACK TASK NAME``; prints one JSON object. The pack is loaded as inside.py loads it.
+``inside_adapter.py PACK NAME [TASK ...]``; prints one JSON object: what each task found, or its traceback under
+"error". The pack is loaded as inside.py loads it.
 """
 
 import asyncio
@@ -12,11 +13,12 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from importlib import import_module
 from pathlib import Path
 
-ROOT, TASK, NAME = sys.argv[1:4]
-sys.argv = ["main.py", "--cpu", *sys.argv[4:]]
+ROOT, NAME, *CHOSEN = sys.argv[1:]
+sys.argv = ["main.py", "--cpu"]
 
 import comfy.options  # noqa: E402
 
@@ -29,7 +31,10 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy_api.latest  # noqa: E402,F401
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 import utils.extra_config  # noqa: E402,F401
+from einops import rearrange  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import nodes as core  # noqa: E402
 
@@ -54,7 +59,7 @@ def load_pack():
 
 
 load_pack()
-host_adapter, capture = import_module("a-pack.nodes.host_adapter"), import_module("a-pack.nodes.capture")
+host, host_adapter, capture = (import_module(f"a-pack.nodes.{name}") for name in ("host", "host_adapter", "capture"))
 unpack = import_module("a-pack.gmflow_core.model").unpack_mixture
 
 
@@ -243,7 +248,8 @@ def gguf() -> dict:
         folder_paths.add_model_folder_path("unet_gguf", folder)
         folder_paths.add_model_folder_path("unet", folder)
         folder_paths.add_model_folder_path("diffusion_models", folder)
-        base = module.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("base.gguf")[0]
+        with tiny.own_sizes(NAME):
+            base = module.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("base.gguf")[0]
         lora = user_lora([BOTH])
         exact = tiny.base(NAME)
         pairs = {
@@ -300,6 +306,91 @@ def shapes() -> dict:
     return found
 
 
+def references() -> dict:
+    """Reference latents: the mixture is the heads' of the image's own tokens, in the plain model's hidden state.
+
+    The adapter here has the base's own last modulation and no LoRA, so that the plain model sees the same; ``tokens``
+    are those of its hidden state beyond the image's.
+    """
+    base, generator, found = tiny.base(NAME), torch.Generator().manual_seed(0), {}
+    state = load_file(ADAPTER)
+    own = comfy.utils.get_attr(base.model.diffusion_model, MODULATION).weight.data
+    state["norm_out.linear.weight"] = own if NAME == "gmqwen_tiny" else torch.cat(own.chunk(2)[::-1])
+    if "norm_out.linear.bias" in state:
+        bias = comfy.utils.get_attr(base.model.diffusion_model, MODULATION).bias.data
+        state["norm_out.linear.bias"] = bias if NAME == "gmqwen_tiny" else torch.cat(bias.chunk(2)[::-1])
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({key: value.contiguous() for key, value in state.items()}, Path(folder) / "own.safetensors")
+        model = host_adapter.apply_adapter(base, str(Path(folder) / "own.safetensors"), 0.0)
+    seen = []
+    comfy.utils.get_attr(base.model.diffusion_model, HEAD).register_forward_hook(
+        lambda layer, inputs, output: seen.append(inputs[0].clone()))
+    x = latent(torch.randn(1, IO["x"].shape[1], 4, 6, generator=generator))
+    others = [latent(torch.randn(1, IO["x"].shape[1], *size, generator=generator)) for size in ((6, 4), (3, 5))]
+    h, w = (4, 6) if NAME == "gmflux2_tiny" else (2, 3)
+    for method in (None, *(("index_timestep_zero",) if NAME == "gmqwen_tiny" else ())):
+        extras = {"reference_latents": others} | ({"reference_latents_method": method} if method else {})
+        extras |= {"guidance": 4.0} if NAME == "gmflux2_tiny" else {}  # the adapter's own, which is not the core's
+        ask(base, x=x, sigma=torch.tensor([0.6]), **extras)
+        packed = ask(model, x=x, sigma=torch.tensor([0.6]), **extras)[1]
+        hidden, mixture = seen[-1][:, : h * w].float(), unpack(packed, 8)
+        means = F.linear(hidden, state["proj_out_means.weight"], state["proj_out_means.bias"])
+        logits = F.linear(hidden, state["proj_out_logweights.weight"], state["proj_out_logweights.bias"])
+        tokens = {"h": h, "w": w, "k": 8, "p": 2, "q": 2}
+        means = rearrange(means, "b (h w) (k c p q) -> b k c (h p) (w q)", **tokens)
+        logits = rearrange(logits, "b (h w) (k p q) -> b k 1 (h p) (w q)", **tokens)
+        found[str(method)] = {
+            "means": difference(mixture.means, means), "tokens": seen[-1].shape[1] - h * w,
+            "log_weights": difference(mixture.log_weights, logits.log_softmax(1)),
+        }
+    return found
+
+
+def saved() -> dict:
+    """A saved MODEL, loaded again, with the adapter at strength 0: the same mixture. One line when it is saved."""
+    model = adapted(tiny.base(NAME))
+    expected, known = ask(model)[1], tiny.state_dict
+    LOG.truncate(0)
+    with tempfile.TemporaryDirectory() as folder:
+        comfy.sd.save_checkpoint(f"{folder}/saved.safetensors", model)
+        lines = LOG.getvalue().count("not the adapter's heads")
+        kept = {key.removeprefix("model.diffusion_model."): value
+                for key, value in load_file(f"{folder}/saved.safetensors").items()}
+    tiny.state_dict = lambda name: kept
+    again = tiny.base(NAME)
+    tiny.state_dict = known
+    return {"lines": lines, "difference": difference(ask(adapted(again, 0.0))[1], expected),
+            "keys": kept.keys() == known(NAME).keys(), "unasked": difference(ask(adapted(again))[1], expected)}
+
+
+def registered() -> dict:
+    """The stand-ins own no tensor, and one that is set by name lands in the base."""
+    model = adapted(tiny.base(NAME))
+    stand_ins = [model.get_model_object(name)
+                 for name in (f"diffusion_model.{HEAD}", f"diffusion_model.{MODULATION}", "model_sampling")]
+    own = sum(len([*part.parameters(), *part.buffers()]) for part in stand_ins)
+    value, table = torch.nn.Parameter(torch.zeros(1), requires_grad=False), torch.ones(2)
+    stand_ins[0].weight = value
+    stand_ins[2].register_buffer("sigmas", table)
+    base = model.model
+    return {"own": own, "layer": comfy.utils.get_attr(base.diffusion_model, HEAD).weight is value,
+            "table": base.model_sampling.sigmas is table and stand_ins[2].sigmas is not table}
+
+
+def decoding() -> dict:
+    """x_0 in the mixture's space through a VAE, against the core's node on the core's latent; other models' VAEs."""
+    model = adapted(tiny.base(NAME))
+    own, vae = model.get_attachment("gmflow"), tiny.vae(NAME)
+    size = (8, 12) if NAME == "gmflux2_tiny" else (4, 6)
+    x = torch.randn(2, own.family.channels, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        got = host.decoder(model, vae)(x)
+        pictures = core.VAEDecode().decode(vae, {"samples": model.model.process_latent_out(own.leave(x))})[0]
+    others = {name: message(host.decoder, model, tiny.vae(name)) for name in tiny.NAMES if name != NAME}
+    return {"difference": difference(got, 2 * pictures.movedim(-1, 1) - 1), "spread": got.std().item(),
+            "others": others}
+
+
 def low_memory() -> dict:
     """Weights that stay where they are and are cast as they are used: the same mixture."""
     model = adapted(tiny.base(NAME))
@@ -340,6 +431,17 @@ def message(function, *args) -> str:
     return "no error"
 
 
-TASKS = (mixtures, alternating, loras, hooks, dtypes, gguf, compiled, guidance, shapes, low_memory, unreachable)
+def answer(task) -> dict:
+    try:
+        return task()
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+# Hooks first, as the very first run.
+TASKS = (hooks, mixtures, alternating, loras, dtypes, compiled, guidance, shapes, unreachable, references,
+         saved, registered, decoding, low_memory)
+if os.environ.get("GGUF_PACK") and NAME == "gmflux_tiny":
+    TASKS += (gguf,)
 assert core
-print(json.dumps({task.__name__: task for task in TASKS}[TASK]()))
+print(json.dumps({task.__name__: answer(task) for task in TASKS if not CHOSEN or task.__name__ in CHOSEN}))

@@ -84,10 +84,11 @@ def test_advanced_coefficients(digits):
     g = digits(batch=1, labels="8")
     guider, sigmas = (g.add("GMFlowGuider", model=g.model, positive=g.positive),
                       g.add("GMFlowScheduler", model=g.model, steps=5))
-    variants = [{}, {"c_a": 0.5}, {"c_b": 5.0}, {"correction_steps": 2}, {"temperature": 0.5}, {"substeps": 3},
-                {"order": 1}, {"order": 1, "c_a": 0.5}]
-    *seven, eighth = g.latents(*(g.custom(g.add("SamplerGMFlowODE", **v), guider, sigmas) for v in variants))
-    assert len({tuple(x.flatten().tolist()) for x in seven}) == 7 and torch.equal(seven[-1], eighth)
+    variants = [{"temperature": 1.0}, {}, {"c_a": 0.5}, {"c_b": 5.0}, {"correction_steps": 2}, {"temperature": 0.5},
+                {"substeps": 3}, {"tilt": "published"}, {"order": 1}, {"order": 1, "c_a": 0.5}]
+    trained, *eight, ninth = g.latents(*(g.custom(g.add("SamplerGMFlowODE", **v), guider, sigmas) for v in variants))
+    assert len({tuple(x.flatten().tolist()) for x in eight}) == 8 and torch.equal(eight[-1], ninth)
+    assert torch.equal(trained, eight[0])  # the default is this model's own temperature
     shifted = [g.custom(g.add("SamplerGMFlowODE", shift=s), guider, sigmas) for s in (1.0, 2.0)]
     a, b = g.latents(*shifted)
     assert not torch.equal(a, b) and (a - b).abs().max() < 1

@@ -1,26 +1,36 @@
 """Inside ComfyUI: pi-Flow's tiny random bases as stock MODELs, and their stored conditionings. For tests only.
 
-ComfyUI 0.3.64 knows FLUX.1 and Qwen-Image in their published sizes alone, and no version tells Qwen-Image's from a
-file: there the model is built here, of ComfyUI's own classes. Else ComfyUI's loader gets the tensors.
+ComfyUI's loader gets the tensors. 0.3.64 knows FLUX.1 in its published size alone, and no version tells Qwen-Image's
+sizes from a file: there the detection's answer is corrected.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
-import comfy.model_patcher
+import comfy.ldm.models.autoencoder
+import comfy.ldm.wan.vae
+import comfy.model_detection
 import comfy.sd
 import comfy.supported_models
 import comfy.taesd.taesd
 import comfy.utils
+import folder_paths
 import torch
-from safetensors.torch import load_file
+from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
+from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "piflow"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD = not hasattr(comfy.supported_models, "Flux2")   # 0.3.64: fixed sizes, norms of query and key are called scale
 NAMES = ["gmflux_tiny", "gmqwen_tiny", *([] if OLD else ["gmflux2_tiny"])]
+SIZES = {
+    "gmflux_tiny": {"axes_dim": [16, 56, 56], "num_heads": 1, "hidden_size": 128, "context_in_dim": 32,
+                    "vec_in_dim": 24},
+    "gmqwen_tiny": {"num_attention_heads": 1, "joint_attention_dim": 32},
+}
 FLUX2 = {
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
@@ -59,28 +69,98 @@ def state_dict(name: str) -> dict:
             else joined)
 
 
+@contextmanager
+def own_sizes(name: str):
+    """ComfyUI's detection takes these sizes where it knows the published ones alone."""
+    sizes = SIZES.get(name if OLD or name == "gmqwen_tiny" else None)
+    detect = comfy.model_detection.detect_unet_config
+
+    def detected(*args, **kwargs):
+        return (detect(*args, **kwargs) or {}) | (sizes or {})
+
+    comfy.model_detection.detect_unet_config = detected
+    try:
+        yield
+    finally:
+        comfy.model_detection.detect_unet_config = detect
+
+
 def base(name: str, dtype: torch.dtype = torch.float32):
-    """The base as a MODEL."""
+    """The base as a MODEL, by ComfyUI's loader."""
     weights = {key: value.clone() for key, value in state_dict(name).items()}
-    if name != "gmqwen_tiny" and not OLD:
+    with own_sizes(name):
         return comfy.sd.load_diffusion_model_state_dict(weights, {"dtype": dtype})
+
+
+# ---- VAEs ---------------------------------------------------------------------------------------
+
+CH = 32   # of the KL decoders, whose blocks of 32 groups take no less; 128 as published
+
+
+def small(config: dict) -> dict:
+    return config | {"ch": CH}
+
+
+@contextmanager
+def small_vaes():
+    """ComfyUI's loader builds VAEs of a few channels. Two that it imports by name, one that it finds in its module."""
+    wan = comfy.ldm.wan.vae
+    kl, engine, video = comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine, wan.WanVAE
+    comfy.sd.AutoencoderKL = lambda ddconfig, embed_dim, **_: kl(ddconfig=small(ddconfig), embed_dim=embed_dim)
+    comfy.sd.AutoencodingEngine = lambda **parts: engine(**{
+        name: part | {"params": small(part["params"])} if "params" in part else part for name, part in parts.items()
+    })
+    wan.WanVAE = lambda **config: video(**config | {"dim": 8})
+    try:
+        yield
+    finally:
+        comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine, wan.WanVAE = kl, engine, video
+
+
+def vae_state(name: str) -> dict:
+    """Random tensors of the kind of VAE that this model has: FLUX.1's, Qwen-Image's (Wan's), FLUX.2's."""
+    config = {"double_z": True, "z_channels": 32 if name == "gmflux2_tiny" else 16, "resolution": 256, "in_channels": 3,
+              "out_ch": 3, "ch": CH, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [],
+              "dropout": 0.0}
     if name == "gmqwen_tiny":
-        config = comfy.supported_models.QwenImage({
-            "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 1,
-            "joint_attention_dim": 32,
-        })
+        colours = {} if OLD else {"image_channels": 3, "conv_out_channels": 3}
+        shapes = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+                                          temperal_downsample=[False, True, True], dropout=0.0, **colours).state_dict()
+    elif name == "gmflux2_tiny":
+        shapes = comfy.ldm.models.autoencoder.AutoencoderKL(
+            ddconfig=config | {"batch_norm_latent": True}, embed_dim=32).state_dict()
     else:
-        config = comfy.supported_models.Flux({
-            "image_model": "flux", "axes_dim": [16, 56, 56], "num_heads": 1, "mlp_ratio": 4.0, "theta": 10000,
-            "out_channels": 16, "qkv_bias": True, "patch_size": 2, "in_channels": 16, "hidden_size": 128,
-            "context_in_dim": 32, "vec_in_dim": 24, "depth": 1, "depth_single_blocks": 2, "guidance_embed": True,
-        })
-    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
-    cpu = torch.device("cpu")
-    model = config.get_model(weights, "", device=cpu)
-    model.load_model_weights(weights, "")
-    model.diffusion_model.to(dtype)
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        shapes = {f"{part}.{key}": value for part, network in (("encoder", Encoder), ("decoder", Decoder))
+                  for key, value in network(**config).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for key, like in shapes.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        around = float(key.endswith(("gamma", "running_var")) or ("norm" in key and key.endswith("weight")))
+        spread = like[0].numel() ** -0.5 if like.ndim > 1 and not around else 0.1
+        found[key] = around + spread * torch.randn(like.shape, generator=generator)
+    return found
+
+
+def vae(name: str):
+    """It as a VAE, by ComfyUI's loader."""
+    with small_vaes():
+        return comfy.sd.VAE(sd=vae_state(name))
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+def write_files() -> None:
+    """What ComfyUI's own loader nodes take as it is: the FLUX bases, and VAEs (KL's without an encoder)."""
+    for name in () if OLD else NAMES:
+        vae = {key: value for key, value in vae_state(name).items()
+               if name == "gmqwen_tiny" or not key.startswith(("encoder", "quant_conv"))}
+        base = {} if name == "gmqwen_tiny" else {"diffusion_models": state_dict(name)}
+        for folder, state in (base | {"vae": vae}).items():
+            path = Path(folder_paths.models_dir) / folder / f"{name}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous() for key, value in state.items()}, path)
 
 
 def encoder(layout: str):

@@ -1,0 +1,110 @@
+"""Text-to-image adapters in a real ComfyUI: what is said, of bad files above all, in one line; the server lives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import DATA, WEIGHTS, families, sigmas_of
+from safetensors.torch import load_file, save_file
+
+
+@families
+def test_nodes_for_classes_name_what_to_use(model, name):
+    for build, instead in (
+        (lambda tiny: tiny.add("GMFlowEmptyLatent", model=tiny.model), "EmptySD3LatentImage"),
+        (lambda tiny: tiny.add("GMFlowKSampler", model=tiny.model, latent_image=tiny.empty,
+                               positive=tiny.add("GMFlowClassConditioning", model=tiny.model, labels="1")),
+         "CLIP Text Encode"),
+    ):
+        tiny = model(name)
+        node = build(tiny)
+        tiny.host.save(tiny.graph, node)
+        error = tiny.host.refused(tiny.graph).rstrip("\n")
+        assert instead in error and "\n" not in error
+
+
+@families
+def test_a_second_adapter_is_refused(model, name):
+    tiny = model(name)
+    again = tiny.add("GMFlowApplyAdapter", model=tiny.model, adapter_name=f"{name}.safetensors")
+    tiny.host.save(tiny.graph,
+                   tiny.custom(tiny.ode(), guider=tiny.add("BasicGuider", model=again, conditioning=tiny.text)))
+    assert "an adapter is applied to it already" in tiny.host.refused(tiny.graph)
+
+
+@pytest.mark.parametrize("name, other", [("gmflux_tiny", "gmqwen_tiny"), ("gmqwen_tiny", "gmflux_tiny"),
+                                         ("gmflux_tiny", "gmflux2_tiny"), ("gmflux2_tiny", "gmflux_tiny")])
+def test_adapters_of_another_family_are_refused(model, name, other):
+    tiny = model(name)
+    tiny.graph[tiny.model[0]]["inputs"]["adapter_name"] = f"{other}.safetensors"
+    tiny.host.save(tiny.graph, tiny.custom(tiny.ode()))
+    error = tiny.host.refused(tiny.graph).rstrip("\n")
+    family = {"gmflux_tiny": "FLUX.1", "gmqwen_tiny": "Qwen-Image", "gmflux2_tiny": "FLUX.2"}[other]
+    assert error.startswith("ValueError: model: this") and family in error and "\n" not in error
+
+
+def test_a_class_model_takes_no_adapter(tiny):
+    graph = tiny.graph()
+    model = graph.add("GMFlowApplyAdapter", model=graph.add("GMFlowLoader"), adapter_name="gmflux_tiny.safetensors")
+    tiny.save(graph, graph.add("GMFlowEmptyLatent", model=model))
+    assert "this GMFlowModel model has no layers" in tiny.refused(graph)
+
+
+@families
+def test_guidance_embedding(model, name):
+    """The adapter's own where the conditioning names none; another one is a line in the log."""
+    if name == "gmqwen_tiny":
+        pytest.skip("Qwen-Image has none")
+    right = {"gmflux_tiny": 3.5, "gmflux2_tiny": 4.0}[name]
+    results = []
+    for guidance in (None, right, 2.0):
+        tiny = model(name)
+        text = tiny.text if guidance is None else tiny.add("FluxGuidance", conditioning=tiny.text, guidance=guidance)
+        before = tiny.host.log().count("know only")
+        results.append(
+            tiny.run(tiny.custom(tiny.ode(), guider=tiny.add("BasicGuider", model=tiny.model, conditioning=text)))
+        )
+        assert tiny.host.log().count("know only") - before == (guidance == 2.0)
+    assert torch.equal(results[0], results[1]) and (results[0] - results[2]).abs().mean() > 1e-3
+
+
+@families
+def test_a_later_shift_wins_and_is_named(model, name):
+    tiny = model(name)
+    earlier = tiny.add("ModelSamplingSD3", model=tiny.base, shift=5.0)
+    tiny.graph[tiny.model[0]]["inputs"]["model"] = earlier
+    before = tiny.host.log().count("instead of the adapter's 3.2")
+    assert (sigmas_of(tiny, tiny.add("GMFlowScheduler", model=tiny.model, steps=2, final_step=1.0))[1].item()
+            == pytest.approx(1.6 / 2.1))
+    assert tiny.host.log().count("instead of the adapter's 3.2") == before
+    tiny = model(name)
+    tiny.model = tiny.add("ModelSamplingSD3", model=tiny.model, shift=5.0)
+    assert (sigmas_of(tiny, tiny.add("GMFlowScheduler", model=tiny.model, steps=2, final_step=1.0))[1].item()
+            == pytest.approx(2.5 / 3))
+    assert tiny.host.log().count("instead of the adapter's 3.2") == before + 1
+
+
+def test_bad_files_are_one_line_and_the_server_lives(model, tmp_path):
+    """The file's own faults are in tests/test_adapter.py; here what the page shows of some."""
+    state = load_file(DATA / "gmflux_tiny" / "adapter" / WEIGHTS)
+    block = "single_transformer_blocks.%d.proj_mlp"
+    cases = {
+        "dx": ({k: v for k, v in state.items() if "proj_out_" not in k} | {"proj_out.weight": torch.ones(640, 128)},
+               "a DX adapter"),
+        "lora": ({k: v for k, v in state.items() if "lora" in k}, "an ordinary LoRA"),
+        "lacking": (state | {f"{block % 7}.lora_{x}.weight": state[f"{block % 0}.lora_{x}.weight"] for x in "AB"},
+                    "lacks modules that the adapter's LoRA changes: single_transformer_blocks.7.proj_mlp;"),
+        "misfit": (state | {"single_transformer_blocks.0.proj_mlp.lora_B.weight": torch.ones(500, 4)},
+                   "has them in another shape"),
+        "unknown": (state | {f"transformer_blocks.0.nonsense.lora_{x}.weight": torch.ones(2, 2) for x in "AB"},
+                    "transformer_blocks.0.nonsense;"),
+    }
+    for name, (content, message) in cases.items():
+        tiny = model("gmflux_tiny")
+        loras = tiny.host.base / "models" / "loras"
+        save_file({key: value.clone() for key, value in content.items()}, loras / f"bad_{name}.safetensors")
+        tiny.graph[tiny.model[0]]["inputs"]["adapter_name"] = f"bad_{name}.safetensors"
+        tiny.host.save(tiny.graph, tiny.custom(tiny.ode()))
+        error = tiny.host.refused(tiny.graph).rstrip("\n")
+        assert message in error and error.startswith("ValueError: ") and "\n" not in error
+    assert tiny.host.get("/system_stats")
