@@ -27,7 +27,8 @@ class GMFlowClassConditioning(io.ComfyNode):
                 io.String.Input("labels", default="0", multiline=True, placeholder="7   or   0-9   or   tabby cat, owl",
                                 tooltip="Class indices, ranges and names, separated by commas or lines: 7, "
                                         "or 0-9, or 207, tabby cat. "
-                                        "One label for all images, or one for each image of the batch."),
+                                        "One label for all images, or one for each image of the batch. "
+                                        "#1 is always the index, and \"1\" in quotes always the name."),
             ],
             [
                 io.Conditioning.Output(display_name="positive", tooltip="The labels."),

@@ -5,24 +5,25 @@ pixel (0 to 255) that the patch makes, and the right words where it cannot be co
 packs are played by the tests' own (``wrappers/``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from test_host_patches import make_lora
+from test_host_robust import saved
 
 STEPS, BATCH, CFG = 4, 2, 2.0
 GUIDERS = ("core", "vanilla", "probabilistic")
 SAMPLERS = ("euler", "GM-ODE", "GM-SDE")
 NOTHING = 0.02  # of 255: rounding
 
-# Why a cell may hold no number.
-MIXTURE = "needs the mixture of the whole image"
-SKIPPED = "a patch that skips"
+MIXTURE = "needs the mixture of the whole image"  # why a cell may hold no number
 
 
 @dataclass(frozen=True)
 class Row:
-    """One patch: its node, its inputs, on which side of the sampler it is;
-    ``refused`` maps a cell (or its part) to its words."""
+    """One patch: its node, its inputs, and which part of a sampling it changes: ``model``, ``sampler``, ``positive`` or
+    ``latent``. ``refused`` maps a cell to its words; ``build`` makes the changed part where a node alone does not."""
 
     node: str
     inputs: dict = field(default_factory=dict)
@@ -30,6 +31,60 @@ class Row:
     refused: dict = field(default_factory=dict)
     warned: bool = False         # it replaces CFG, so that probabilistic guidance names it and goes on without it
     batch: int = BATCH
+    start: str = "noise"         # what is sampled from: see start_of
+    build: Callable | None = None  # (graph, part) -> part
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.name or self.node
+
+    def changed(self, g, part):
+        """The part with the patch in it."""
+        if self.build is not None:
+            return self.build(g, part)
+        known = g.graph.info[self.node]["input"]
+        given = {key: self.inputs[key] for kind in known.values() for key in kind if key in self.inputs}
+        return g.add(self.node, **{self.side: part}, **given)
+
+
+def hooked(g, positive):
+    """A LoRA for this conditioning alone."""
+    make_lora(g.host, "effects.safetensors")
+    hooks = g.add("CreateHookLoraModelOnly", lora_name="effects.safetensors", strength_model=1.0)
+    return g.add("ConditioningSetProperties", cond_NEW=positive, strength=1.0, set_cond_area="default", hooks=hooks)
+
+
+def saved_and_loaded(g, model):
+    """The file that the core's ModelSave writes of it."""
+    name = "effects_00001_.safetensors"
+    if not (g.host.models / name).exists():
+        other = type(g)(g.host, batch=1, labels="6")
+        assert saved(g.host, other, other.model, "effects") == name
+    return g.add("GMFlowLoader", model_name=name)
+
+
+def masked(value: float) -> Callable:
+    """A noise mask of one grey value."""
+    def build(g, latent):
+        mask = g.add("SolidMask", value=value, width=16, height=16)
+        return g.add("SetLatentNoiseMask", samples=latent, mask=mask)
+
+    return build
+
+
+def start_of(g, start: str):
+    """The latent that is sampled from. "picture": a painted digit; "bands": it, behind a mask of three greys."""
+    if start == "noise":
+        return g.empty
+    picture = g.core(seed=5, steps=2, cfg=1.0)
+    if start == "picture":
+        return picture
+    mask = g.add("SolidMask", value=0.0, width=16, height=16)
+    for value, x in ((0.4, 0), (0.8, 8)):
+        band = g.add("SolidMask", value=value, width=6, height=16)
+        mask = g.add("MaskComposite", destination=mask, source=band, x=x, y=0, operation="add")
+    return g.add("SetLatentNoiseMask", samples=picture, mask=mask)
 
 
 GM = {(sampler, guider) for sampler in ("GM-ODE", "GM-SDE") for guider in GUIDERS}
@@ -48,6 +103,13 @@ ROWS = [
     # over rows: over a batch 0.3.64's fail, whatever the model
     Row("ContextWindowsManual", {"context_length": 8, "context_overlap": 2, "dim": 2, "causal_window_fix": False},
         batch=1, refused=dict.fromkeys(MIXED, MIXTURE)),
+    Row("ConditioningSetProperties", side="positive", build=hooked, name="hooks"),
+    Row("ModelSave", build=saved_and_loaded, name="ModelSave and back"),
+    Row("DifferentialDiffusion", start="bands"),
+    *(Row("SetLatentNoiseMask", side="latent", start="picture", build=masked(value), name=f"noise mask {value:g}")
+      for value in (0.0, 0.5, 0.9, 0.98, 1.0)),
+    # With the eager backend: inductor compiles for minutes. TorchCompileModel with inductor is in test_host_inside.
+    Row("TestCompile"),
     # ---- other people's ----
     Row("TestOtherSigma", side="sampler"), Row("TestOtherAnswer", side="sampler"), Row("TestWritesToX", side="sampler"),
     Row("TestAsksAgain"), Row("TestMomentum"), Row("TestScale"), Row("TestReplacesCFG", {"strength": 1.5}, warned=True),
@@ -55,38 +117,38 @@ ROWS = [
 ]
 
 
-def sampling(g, sampler: str, guider: str, row: Row | None, seed: int = 3):
+def sampling(g, sampler: str, guider: str, start: str, row: Row | None, seed: int = 3):
     """One cell's sampling; without a row the plain one."""
-    known = g.graph.info[row.node]["input"] if row else {}
-    given = {key: row.inputs[key] for kind in known.values() for key in kind if key in row.inputs}
-    model = g.add(row.node, model=g.model, **given) if row and row.side == "model" else g.model
     made = {"euler": ("KSamplerSelect", {"sampler_name": "euler"}), "GM-ODE": ("SamplerGMFlowODE", {}),
             "GM-SDE": ("SamplerGMFlowSDE", {})}
     node, inputs = made[sampler]
-    made_sampler = g.add(node, **inputs)
-    if row and row.side == "sampler":
-        made_sampler = g.add(row.node, sampler=made_sampler, **given)
+    parts = {"model": g.model, "positive": g.positive, "sampler": g.add(node, **inputs), "latent": start_of(g, start)}
+    if row:
+        parts[row.side] = row.changed(g, parts[row.side])
+    model, positive = parts["model"], parts["positive"]
     if guider == "core":
-        link = g.add("CFGGuider", model=model, positive=g.positive, negative=g.negative, cfg=CFG)
+        link = g.add("CFGGuider", model=model, positive=positive, negative=g.negative, cfg=CFG)
     else:
         method = "vanilla CFG" if guider == "vanilla" else guider
-        link = g.add("GMFlowGuider", model=model, positive=g.positive, method=method, cfg_scale=CFG, guidance=0.3)
-    return g.custom(made_sampler, link, steps=STEPS, seed=seed, node="SamplerCustomAdvanced")
+        link = g.add("GMFlowGuider", model=model, positive=positive, method=method, cfg_scale=CFG, guidance=0.3)
+    return g.custom(parts["sampler"], link, steps=STEPS, seed=seed, node="SamplerCustomAdvanced",
+                    latent_image=parts["latent"])
 
 
 @pytest.fixture(scope="module")
 def plain(host):
-    """The samplings without a patch, by batch and cell: computed once."""
+    """The samplings without a patch, by batch, start and cell: computed once."""
     from conftest import Digits
 
     found: dict = {}
 
-    def images(batch: int) -> dict:
-        if batch not in found:
+    def images(batch: int, start: str) -> dict:
+        if (batch, start) not in found:
             g = Digits(host, batch=batch, labels="6")
             cells = [(sampler, guider) for sampler in SAMPLERS for guider in GUIDERS]
-            found[batch] = dict(zip(cells, g.latents(*(sampling(g, *cell, None) for cell in cells)), strict=True))
-        return found[batch]
+            latents = g.latents(*(sampling(g, *cell, start, None) for cell in cells))
+            found[batch, start] = dict(zip(cells, latents, strict=True))
+        return found[batch, start]
 
     return images
 
@@ -96,19 +158,19 @@ def effects(host, digits, plain, row: Row) -> dict:
     cells = [(sampler, guider) for sampler in SAMPLERS for guider in GUIDERS]
     g = digits(batch=row.batch, labels="6")
     taken = [cell for cell in cells if cell not in row.refused]
-    latents = g.latents(*(sampling(g, *cell, row) for cell in taken), g.empty)[:-1]
+    latents = g.latents(*(sampling(g, *cell, row.start, row) for cell in taken), g.empty)[:-1]
     found = {}
     for cell, latent in zip(taken, latents, strict=True):
-        assert latent.isfinite().all() and latent.abs().max() < 8, (row.node, cell)
-        found[cell] = 127.5 * (latent - plain(row.batch)[cell]).abs().mean().item()
+        assert latent.isfinite().all() and latent.abs().max() < 8, (row.title, cell)
+        found[cell] = 127.5 * (latent - plain(row.batch, row.start)[cell]).abs().mean().item()
     for cell in row.refused:
         g = digits(batch=row.batch, labels="6")
-        host.save(g.graph, sampling(g, *cell, row))
+        host.save(g.graph, sampling(g, *cell, row.start, row))
         found[cell] = host.refused(g.graph)
     return found
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.node)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.title)
 def test_effects(host, digits, plain, row):
     if row.node not in host.info:
         pytest.skip(f"{row.node} is not in ComfyUI {host.version}")
@@ -116,7 +178,7 @@ def test_effects(host, digits, plain, row):
     found = effects(host, digits, plain, row)
     shown = {f"{sampler}, {guider}": value if isinstance(value, str) else round(value, 2)
              for (sampler, guider), value in found.items()}
-    print(f"EFFECT {host.version} {row.node}: {shown}")
+    print(f"EFFECT {host.version} {row.title}: {shown}")
     euler = found["euler", "core"]
     for cell, value in found.items():
         sampler, guider = cell

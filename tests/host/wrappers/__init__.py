@@ -160,6 +160,17 @@ class TestAttention(Wrapper):
         return (model,)
 
 
+class TestCompile(Wrapper):
+    """The core's TorchCompileModel with a backend that does not compile."""
+
+    def wrap(self, model, strength):
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager")
+        return (model,)
+
+
 class TestSplit(Wrapper):
     """A sampler that runs another one step by step, as two-sampler nodes do."""
 
@@ -177,6 +188,6 @@ class TestSplit(Wrapper):
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls for cls in (
         TestOtherSigma, TestOtherAnswer, TestWritesToX, TestAsksAgain, TestMomentum, TestScale, TestReplacesCFG,
-        TestOtherNetwork, TestTiles, TestAttention, TestSplit,
+        TestOtherNetwork, TestTiles, TestAttention, TestCompile, TestSplit,
     )
 }
