@@ -5,13 +5,10 @@ that leave room for the sampling error of so few images.
 """
 
 from dataclasses import fields, replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.svm import SVC
+from kinds import KINDS, judge
 
 from gmflow_core import GMDiTConfig, load_checkpoint
 from gmflow_core.__main__ import MODELS
@@ -26,9 +23,6 @@ from train.evaluate.settings import Setting, sample_images
 pytestmark = pytest.mark.slow
 
 
-DATA = Path(__file__).parent / "data"
-KINDS = ("blob", "clay", "critter", "cutout", "landscape", "marble", "mood", "peep", "pixel person", "pixel robot",
-         "planet", "sprout", "thumb", "voxel person", "voxel robot", "waves")
 NAMES = {"digits": tuple("0123456789"), "characters": KINDS}
 LOADED = {name: MODELS / f"gmdit_{name}.safetensors" for name in NAMES}
 
@@ -82,30 +76,16 @@ def test_quality_of_digits(judges, setting, accuracy, one_ink, fid):
     assert figures["accuracy"] >= accuracy and figures["one_ink"] >= one_ink and found < fid
 
 
-def edges(images: torch.Tensor) -> np.ndarray:
-    """(B,3,24,24) in [-1, 1]: where brightness changes, and a little of it, averaged over small squares."""
-    grey = images.mean(1, keepdim=True) / 2
-    down, right = (torch.nn.functional.avg_pool2d(grey.diff(dim=d).abs(), 3, ceil_mode=True) for d in (2, 3))
-    return torch.cat([t.flatten(1) for t in (down, right, 0.3 * torch.nn.functional.avg_pool2d(grey, 6))], 1).numpy()
-
 
 @pytest.fixture(scope="module")
-def which_kind():
-    """Tells the kinds apart, from twenty real pictures of each: a row of tests/data/characters.png."""
-    with Image.open(DATA / "characters.png") as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB")))
-    real = pixels.unflatten(0, (16, 24)).unflatten(2, (20, 24)).permute(0, 2, 4, 1, 3).flatten(0, 1) / 127.5 - 1
-    kinds, every_fourth = np.arange(16).repeat(20), np.arange(320) % 4 == 0
-    features = edges(real)
-    held_out = SVC(C=10).fit(features[~every_fourth], kinds[~every_fourth]).predict(features[every_fourth])
-    assert (held_out == kinds[every_fourth]).mean() > 0.9
-    return SVC(C=10).fit(features, kinds)
+def kind_of():
+    return judge()
 
 
 @pytest.mark.parametrize("setting, least", [
     (Setting("gm-ode2", 8), 0.8), (Setting("gm-ode2", 4, 0.4), 0.9), (Setting("gm-sde2", 8, 0.4), 0.9),
 ])
-def test_characters_are_of_the_kind_asked_for(which_kind, setting, least):
+def test_characters_are_of_the_kind_asked_for(kind_of, setting, least):
     labels = torch.arange(96) % 16
     images = sample_images(load_checkpoint(LOADED["characters"]), setting, labels, seed=0)
-    assert (which_kind.predict(edges(images)) == labels.numpy()).mean() >= least
+    assert (kind_of(images) == labels).float().mean() >= least
