@@ -26,7 +26,8 @@ class ImageNoise:
 
     def _open(self, tick: int) -> list[torch.Generator]:
         """One generator per image; ``tick`` 0 is the initial noise, every step has its own."""
-        # Streams of neighbouring (seed, index, tick) must not overlap: spread them over 63 bits.
+        # Streams of neighbouring (seed, index, tick) must not overlap: spread them over all bits. PyTorch's CPU
+        # generator takes the lowest 32, so seeds that differ by a multiple of 2^32 are one, as in ComfyUI itself.
         mixed = self.seed * 0x9E3779B97F4A7C15 + tick * 0x94D049BB133111EB
         seeds = [(mixed + index * 0xBF58476D1CE4E5B9) % (1 << 63) for index in self.indices]
         return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -345,6 +345,7 @@ def test_latents_are_decoded(tmp_path, quick, monkeypatch, capsys):
     (["--data", "digits", "--cfg", "0.5"], "--cfg must be >= 1, got 0.5"),
     (["--data", "digits", "--steps", "0"], "--steps must be >= 1, got 0"),
     (["--data", "digits", "--shown", "0"], "--shown must be >= 1, got 0"),
+    (["--data", "digits", "--seed", "-1"], r"'-1' is not a whole number in \[0, 4294967295\]"),
     (["--data", "digits", "--features", "classifier"], "the digits have features of their own"),
 ])
 def test_bad_arguments(files, arguments, message, capsys):

@@ -110,6 +110,13 @@ def test_an_error_in_one_process_ends_all_with_one_line(files, tmp_path):  # noq
     assert not (tmp_path / "out").exists()
 
 
+def test_evidence_is_of_one_process(files, monkeypatch, capsys):  # noqa: F811
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main([str(files["gm"]), "--evidence", "half"]) == 2
+    assert "--evidence is evaluated by one process" in capsys.readouterr().err
+
+
 def test_a_team_of_one_does_all_itself():
     team = Team(CPU)
     assert team.together(max, 2, 3) == team.share(max, 2, 3) == team.at_first(max, 2, 3) == 3

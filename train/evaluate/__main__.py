@@ -20,7 +20,7 @@ from gmflow_core.guidance import TILTS
 from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
 
 from ..folder import locked
-from ..team import Team, leave
+from ..team import Team, launched, leave
 from .figures import markdown, save_figures
 from .results import RESULTS
 from .rows import SAMPLES
@@ -109,6 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     if any(word.split("=")[0] == "--evidence" for word in (sys.argv[1:] if arguments is None else arguments)):
         from .evidence import main as evaluate_evidence
 
+        if launched()[2] > 1:
+            print("error: --evidence is evaluated by one process: run it without torchrun", file=sys.stderr)
+            return 2
         return evaluate_evidence(arguments)
 
     def action() -> None:
