@@ -117,11 +117,11 @@ class GMFlowChoose(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=0.05, max=100.0, step=0.05, round=0.01,
                                tooltip="1 asks, 5 insists: the colour may be off by 1 / strength, in units of the "
                                        "model's [-1, 1]."),
+                advanced(io.Int.Input("max_components", default=8, min=1, max=64,
+                                      tooltip="As in the inspector, whose numbers depend on it.")),
                 io.Combo.Input("where", options=list(WHERE), default=WHERE[0],
                                tooltip="its pixels: as much as the hypothesis has weight at each; "
                                        "everywhere: at all pixels alike."),
-                advanced(io.Int.Input("max_components", default=8, min=1, max=64,
-                                      tooltip="As in the inspector, whose numbers depend on it.")),
                 GMEvidence.Input("previous", optional=True, tooltip=PREVIOUS),
             ],
             [GMEvidence.Output(display_name="evidence", tooltip=OUTPUT)],
@@ -129,7 +129,7 @@ class GMFlowChoose(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, trace, step, image, hypothesis, strength, where=WHERE[0], max_components=8,
+    def execute(cls, trace, step, image, hypothesis, strength, max_components=8, where=WHERE[0],
                 previous=None) -> io.NodeOutput:
         if not isinstance(trace, TraceSource):
             raise ValueError(f"trace: got a {type(trace).__name__}; connect the trace of GMFlow KSampler or GMFlow "

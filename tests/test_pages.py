@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from train.data.digits import Digits
-from train.evaluate.digits_metrics import digit_metrics, train_svm
+from kinds import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "workflows" / "README.md"]
@@ -159,15 +157,15 @@ def run(block: str, monkeypatch) -> dict:
     return names
 
 
-def test_python_of_the_readme_paints_the_digits(tmp_path, monkeypatch):
-    """A support vector machine that never saw the model reads them."""
+def test_python_of_the_readme_paints_the_characters(tmp_path, monkeypatch):
+    """A judge that never saw the model tells their kinds."""
     (block,) = code(PAGES[0], "python")
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
-    names = run(block.replace('"digits.png"', f'"{tmp_path / "digits.png"}"'), monkeypatch)
-    assert digit_metrics(names["images"], torch.arange(10), train_svm(Digits.load()))["accuracy"] >= 0.9
+    names = run(block.replace('"characters.png"', f'"{tmp_path / "characters.png"}"'), monkeypatch)
+    assert (judge()(names["images"]) == torch.arange(16)).sum() >= 14
     assert names["posterior"].weights.shape[1] == 8
-    torch.testing.assert_close(names["posterior"].weights.sum(1), torch.ones(10, 1, 16, 16))
-    assert (tmp_path / "digits.png").stat().st_size > 1000
+    torch.testing.assert_close(names["posterior"].weights.sum(1), torch.ones(16, 1, 24, 24))
+    assert (tmp_path / "characters.png").stat().st_size > 1000
 
 
 def test_python_of_the_api_page(monkeypatch, capsys):
