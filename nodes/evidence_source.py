@@ -81,7 +81,8 @@ class Chosen:
 
     def check(self, info: Info) -> None:
         _rgb_only(info, "a chosen hypothesis")
-        in_colour(self.centre, (1, 1), self.std, self.what, self.mask)
+        if self.mask is None:
+            in_colour(self.centre, (1, 1), self.std, self.what)
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
         size = (x.shape[-2], x.shape[-1])

@@ -41,12 +41,12 @@ def assert_same(found, expected) -> None:
 
 
 class Digits:
-    """The bundled model in a graph, its classes and an empty latent."""
+    """The bundled digits in a graph, their classes and an empty latent."""
 
     def __init__(self, host: Host, labels: str = "0-9", batch: int = 10, **loader):
         self.graph: Graph = host.graph()
         self.host, self.batch = host, batch
-        self.model: Node = self.graph.add("GMFlowLoader", **loader)
+        self.model: Node = self.graph.add("GMFlowLoader", **dict(model_name="gmdit_digits.safetensors") | loader)
         self.classes: Node = self.graph.add("GMFlowClassConditioning", model=self.model, labels=labels)
         self.positive, self.negative = self.classes.out(0), self.classes.out(1)
         self.empty: Node = self.graph.add("GMFlowEmptyLatent", model=self.model, batch_size=batch)

@@ -88,7 +88,8 @@ def test_a_patch_to_another_kind_of_model_is_refused(digits):
 
 def test_merged_models(digits):
     g = digits(batch=1, labels="6")
-    merged = g.add("ModelMergeSimple", model1=g.model, model2=g.add("GMFlowLoader", weight_dtype="float32"), ratio=0.5)
+    merged = g.add("ModelMergeSimple", model1=g.model, ratio=0.5,
+                   model2=g.add("GMFlowLoader", model_name=BUNDLED.name, weight_dtype="float32"))
     a, b = g.latents(g.gm(steps=2), g.gm(model=merged, steps=2))
     torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
 
