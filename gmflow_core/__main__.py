@@ -83,13 +83,13 @@ def add_sampling(parser) -> None:
     parser.add_argument("--no-spectrum", action="store_true", help="GM-SDE with white noise")
     parser.add_argument("--hint", type=Path, metavar="PNG",
                         help="a picture of the model's size whose colours are known where its alpha is not 0")
-    parser.add_argument("--hint-std", type=number(float, 1e-4, 100), default=0.05,
+    parser.add_argument("--hint-std", type=number(float, 1e-4, 100),
                         help="how far they may be off, of [-1, 1] (default 0.05)")
     parser.add_argument("--grey", type=Path, metavar="PNG", help="likewise, but only the mean of the channels is known")
-    parser.add_argument("--grey-std", type=number(float, 1e-4, 100), default=0.05, help="likewise (default 0.05)")
+    parser.add_argument("--grey-std", type=number(float, 1e-4, 100), help="likewise (default 0.05)")
     parser.add_argument("--small", type=Path, metavar="PNG",
                         help="a picture whose pixels are the means of the image's blocks")
-    parser.add_argument("--small-std", type=number(float, 1e-4, 100), default=0.02, help="likewise (default 0.02)")
+    parser.add_argument("--small-std", type=number(float, 1e-4, 100), help="likewise (default 0.02)")
     parser.add_argument("--no-propagate", action="store_true",
                         help="leave out the echo that carries them to other pixels (half the calls)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)

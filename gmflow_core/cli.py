@@ -129,11 +129,19 @@ def sample_shape(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 # ---- pictures as evidence ----------------------------------------------------------------------
 
+EVIDENCE_STDS = {"hint": 0.05, "grey": 0.05, "small": 0.02}  # option -> how far it may be off
+
+
 def read_evidence(args, checkpoint: Checkpoint) -> Conditioned | None:
     """What --hint, --grey and --small say; None if nothing was given.
     UsageError for pictures that do not suit the model."""
-    files = {name: getattr(args, name) for name in ("hint", "grey", "small")}
+    files = {name: getattr(args, name) for name in EVIDENCE_STDS}
+    for name, path in files.items():
+        if path is None and getattr(args, f"{name}_std") is not None:
+            raise UsageError(f"--{name}-std is of the picture that --{name} names, and there is none")
     if not any(files.values()):
+        if args.no_propagate:
+            raise UsageError("--no-propagate is about --hint, --grey and --small, and none is given")
         return None
     config, found = checkpoint.config, None
     if config.sample_size is None or config.in_channels != 3 or checkpoint.latent_space.kind != "rgb":
@@ -149,12 +157,12 @@ def read_evidence(args, checkpoint: Checkpoint) -> Conditioned | None:
         if name != "small" and tuple(picture.shape[-2:]) != size:
             width, height = picture.shape[-1], picture.shape[-2]
             raise UsageError(f"--{name} {path}: {width} x {height} pixels; this model makes {size[1]} x {size[0]}")
+        std = getattr(args, f"{name}_std") or EVIDENCE_STDS[name]
         try:
             if name == "small":
-                part = small_picture(picture, size, args.small_std)
+                part = small_picture(picture, size, std)
             else:
-                kind = "colour" if name == "hint" else "brightness"
-                part = hint(picture, alpha, kind, args.hint_std if name == "hint" else args.grey_std)
+                part = hint(picture, alpha, "colour" if name == "hint" else "brightness", std)
         except ValueError as error:
             raise UsageError(f"--{name} {path}: {error}") from None
         found = part if found is None else found + part

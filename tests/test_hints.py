@@ -148,3 +148,14 @@ def test_files_and_models_that_have_no_picture_are_one_line(checkpoint, points, 
     assert code == 2 and "cannot be read as a picture" in err and err.count("\n") == 1
     code, _, err = run(capsys, "sample", points, "--count", "2", "--out", tmp_path / "o", "--hint", tmp_path / "x.png")
     assert code == 2 and "this model makes none" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--hint-std", 0.1], "--hint-std is of the picture that --hint names"),
+    (["--no-propagate"], "--no-propagate is about --hint"),
+    (["--hint", "x.png", "--hint-std", 0], "0.0001"),
+    (["--hint", "x.png", "--hint-std", "nan"], "'nan' is not a number"),
+])
+def test_options_that_say_nothing_are_one_line(checkpoint, tmp_path, capsys, options, message):  # noqa: F811
+    code, _, err = run(capsys, "sample", checkpoint, "--labels", "0", "--out", tmp_path / "o", *options)
+    assert code == 2 and message in err and err.count("\n") == 1

@@ -315,7 +315,8 @@ network a step, carries it to the other pixels.
 
 ### Paint it yourself
 Put *Load Image* for the two nodes *The colour* and *The pixel* (its image and its mask): *Open in Mask Editor* in its \
-menu paints the mask. Newer versions have a *Painter* node for both. Any size of the image's shape will do.
+menu paints the mask. Newer versions have a *Painter* node for both (with Nodes 2.0 switched on). Any size of the \
+image's shape will do.
 
 ### Try
 - **propagate** off: only the pixel itself is asked for, and it gets lost.

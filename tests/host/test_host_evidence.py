@@ -387,11 +387,12 @@ def test_a_std_that_is_none_is_refused(digits, painted, host, value):
         assert "std" in message and "Traceback" not in message, message
 
 
-def test_no_mask_is_the_whole_picture(digits, painted, checkpoint):  # noqa: F811
+@pytest.mark.parametrize("kind", ["colour", "hue", "brightness"])
+def test_no_mask_is_the_whole_picture(digits, painted, checkpoint, kind):  # noqa: F811
     g = digits(batch=1, labels="6")
     image = g.add("LoadImage", image=painted({(x, y): (200, 40, 90) for x in range(16) for y in range(16)}))
-    e = g.add("GMFlowHint", image=image, std=0.5)
+    e = g.add("GMFlowHint", image=image, kind=kind, std=0.5)
     found = g.latents(g.gm(model=g.add("GMFlowApplyEvidence", model=g.model, evidence=e), guidance=0.3, steps=3))
     picture = (torch.tensor([200.0, 40, 90]) / 127.5 - 1).reshape(1, 3, 1, 1).expand(1, 3, 16, 16)
-    evidence = hint(picture, torch.ones(1, 1, 16, 16), "colour", 0.5)
+    evidence = hint(picture, torch.ones(1, 1, 16, 16), kind, 0.5)
     assert_same(found, painted_by_core(checkpoint, evidence, labels=[6]))
