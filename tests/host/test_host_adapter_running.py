@@ -55,7 +55,7 @@ def test_progress_and_previews(model, listener, name, solver):
 
 @families
 def test_cancel_within_a_step(model, listener, name):
-    """A thousand substeps of the only step would take minutes; the next prompt runs."""
+    """Within the many substeps of the only step; the next prompt runs."""
     tiny = model(name)
     size = (64, 64) if name == "gmflux2_tiny" else (128, 128)
     latent = noise(tiny, size, "large")
