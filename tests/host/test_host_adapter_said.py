@@ -24,6 +24,20 @@ def test_nodes_for_classes_name_what_to_use(model, name):
 
 
 @families
+@pytest.mark.parametrize("guider", ["core", "gmflow"])
+def test_classes_are_no_texts(model, name, guider):
+    """GMFlow ImageNet Class takes no MODEL that it could refuse."""
+    tiny = model(name)
+    classes = tiny.add("GMFlowImageNetClass", class_name=tiny.options("GMFlowImageNetClass", "class_name")[3])
+    guided = (tiny.add("BasicGuider", model=tiny.model, conditioning=classes) if guider == "core" else
+              tiny.add("GMFlowGuider", model=tiny.model, positive=tiny.text, negative=classes))
+    tiny.host.save(tiny.graph, tiny.custom(tiny.ode(), guider=guided))
+    error = tiny.host.refused(tiny.graph).rstrip("\n")
+    role = "positive" if guider == "core" else "negative"
+    assert error.startswith(f"ValueError: {role}: it holds classes") and "use CLIP Text Encode" in error
+
+
+@families
 def test_a_second_adapter_is_refused(model, name):
     tiny = model(name)
     again = tiny.add("GMFlowApplyAdapter", model=tiny.model, adapter_name=f"{name}.safetensors")
