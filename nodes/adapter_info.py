@@ -44,6 +44,11 @@ class AdapterInfo:
     def of(cls, adapter: Adapter) -> AdapterInfo:
         return cls(adapter.family, adapter.heads.components, adapter.width, adapter.steps)
 
+    @property
+    def latent(self) -> tuple[int, int]:
+        """The host's latents: their channels, and their axes behind batch and channels."""
+        return self.family.channels * (PATCH**2 if self.family.packed else 1), SEAMS[self.family.name].axes
+
     def enter(self, x: Tensor) -> Tensor:
         """A latent of the host, (B,C,H,W), (B,C,1,H,W) or FLUX.2's (B,4C,H/2,W/2), as the mixture's (B,C,H,W)."""
         if x.ndim == 5:
@@ -57,7 +62,7 @@ class AdapterInfo:
         """The inverse of :meth:`enter`."""
         if self.family.packed:
             return pack_channels(x)
-        return x.unsqueeze(2) if SEAMS[self.family.name].axes == 3 else x
+        return x.unsqueeze(2) if self.latent[1] == 3 else x
 
     def time_shift(self, network) -> float:
         """The time shift of the host's network: the adapter's, or that of a ModelSampling patch."""
@@ -67,8 +72,7 @@ class AdapterInfo:
 
 def check_adapter_vae(info: AdapterInfo, vae) -> None:
     """ValueError for a VAE that cannot decode what this model paints."""
-    channels = info.family.channels * (PATCH**2 if info.family.packed else 1)
-    axes = SEAMS[info.family.name].axes
+    channels, axes = info.latent
     got, got_axes = getattr(vae, "latent_channels", channels), getattr(vae, "latent_dim", axes)
     if (got, got_axes) != (channels, axes) or getattr(vae, "output_channels", 3) != 3:
         raise ValueError(f"vae: this one decodes {got} channels on {got_axes} axes, "

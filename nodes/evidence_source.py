@@ -42,6 +42,11 @@ class Hint:
                              "vae to GMFlow Hint")
         if self.latents is not None and paints_rgb(info):
             raise ValueError("evidence: this model paints RGB pixels; leave vae of GMFlow Hint open")
+        if self.latents is not None and isinstance(info, AdapterInfo):
+            (channels, axes), got = info.latent, (self.latents.shape[1], self.latents.ndim - 2)
+            if got != (channels, axes):
+                raise ValueError(f"evidence: the encoded hint has {got[0]} channels on {got[1]} axes, and "
+                                 f"{info.family.name} paints {channels} on {axes}; encode it with this model's vae")
 
     def at(self, x: Tensor, enter: Enter) -> Evidence:
         size = (x.shape[-2], x.shape[-1])

@@ -25,6 +25,7 @@ from .adapter_info import ATTACHMENT, SEAMS, AdapterInfo, Seam, host_module, row
 from .capture import CAPTURE, hand_over
 from .host import shift_of
 from .host_sampling import tell
+from .model_info import LABELS
 
 FOLDER = "loras"
 NETWORK = "diffusion_model."
@@ -176,22 +177,31 @@ def capture_mixture(info: AdapterInfo):
     return wrapper
 
 
-def supply_guidance(info: AdapterInfo):
-    """An OUTER_SAMPLE wrapper: the adapter's guidance embedding for conditionings that name none,
-    a warning for others."""
+def check_conditionings(info: AdapterInfo):
+    """An OUTER_SAMPLE wrapper: ValueError for classes, the right guidance embedding for texts."""
 
     def wrapper(executor, *args, **kwargs):
-        conds = [cond for group in executor.class_obj.conds.values() for cond in group]
-        for cond in conds:
-            cond.setdefault("guidance", info.family.guidance)
-        others = {cond["guidance"] for cond in conds} - {info.family.guidance}
-        if others:
-            tell(f"a conditioning asks for guidance {', '.join(map(str, others))}, and {info.family.name} adapters "
-                 f"know only {info.family.guidance}: the picture will be noise; remove that FluxGuidance, or set it to "
-                 f"{info.family.guidance}")
+        groups = executor.class_obj.conds
+        for role, group in groups.items():
+            if any(LABELS in cond for cond in group):
+                raise ValueError(f"{role}: it holds classes, and {info.family.name} with an adapter paints texts; "
+                                 "use CLIP Text Encode")
+        if info.family.guidance is not None:
+            supply_guidance(info, [cond for group in groups.values() for cond in group])
         return executor(*args, **kwargs)
 
     return wrapper
+
+
+def supply_guidance(info: AdapterInfo, conds: list[dict]) -> None:
+    """The adapter's guidance embedding for conditionings that name none; a line for others."""
+    for cond in conds:
+        cond.setdefault("guidance", info.family.guidance)
+    others = {cond["guidance"] for cond in conds} - {info.family.guidance}
+    if others:
+        tell(f"a conditioning asks for guidance {', '.join(map(str, others))}, and {info.family.name} adapters know "
+             f"only {info.family.guidance}: the picture will be noise; remove that FluxGuidance, or set it to "
+             f"{info.family.guidance}")
 
 
 def tell_changes(keys: tuple[str, ...]):
@@ -307,8 +317,7 @@ def apply_adapter(model, path: str, strength: float):
     own_sampling = model.object_patches_backup.get("model_sampling", model.model.model_sampling)
     patched.add_object_patch("model_sampling", AdapterSampling(own_sampling))
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, ATTACHMENT, capture_mixture(info))
-    if info.family.guidance is not None:
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ATTACHMENT, supply_guidance(info))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ATTACHMENT, check_conditionings(info))
     replaced = tuple(f"{NETWORK}{name}.{part}" for name in (seam.modulation, seam.head) for part in ("weight", "bias"))
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, ATTACHMENT, tell_changes(replaced))
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, ATTACHMENT, tensors.release)

@@ -24,6 +24,20 @@ def test_nodes_for_classes_name_what_to_use(model, name):
 
 
 @families
+@pytest.mark.parametrize("guider", ["core", "gmflow"])
+def test_classes_are_no_texts(model, name, guider):
+    """GMFlow ImageNet Class takes no MODEL that it could refuse."""
+    tiny = model(name)
+    classes = tiny.add("GMFlowImageNetClass", class_name=tiny.options("GMFlowImageNetClass", "class_name")[3])
+    guided = (tiny.add("BasicGuider", model=tiny.model, conditioning=classes) if guider == "core" else
+              tiny.add("GMFlowGuider", model=tiny.model, positive=tiny.text, negative=classes))
+    tiny.host.save(tiny.graph, tiny.custom(tiny.ode(), guider=guided))
+    error = tiny.host.refused(tiny.graph).rstrip("\n")
+    role = "positive" if guider == "core" else "negative"
+    assert error.startswith(f"ValueError: {role}: it holds classes") and "use CLIP Text Encode" in error
+
+
+@families
 def test_a_second_adapter_is_refused(model, name):
     tiny = model(name)
     again = tiny.add("GMFlowApplyAdapter", model=tiny.model, adapter_name=f"{name}.safetensors")
@@ -84,27 +98,40 @@ def test_a_later_shift_wins_and_is_named(model, name):
     assert tiny.host.log().count("instead of the adapter's 3.2") == before + 1
 
 
-def test_bad_files_are_one_line_and_the_server_lives(model, tmp_path):
-    """The file's own faults are in tests/test_adapter.py; here what the page shows of some."""
-    state = load_file(DATA / "gmflux_tiny" / "adapter" / WEIGHTS)
-    block = "single_transformer_blocks.%d.proj_mlp"
-    cases = {
-        "dx": ({k: v for k, v in state.items() if "proj_out_" not in k} | {"proj_out.weight": torch.ones(640, 128)},
-               "a DX adapter"),
-        "lora": ({k: v for k, v in state.items() if "lora" in k}, "an ordinary LoRA"),
-        "lacking": (state | {f"{block % 7}.lora_{x}.weight": state[f"{block % 0}.lora_{x}.weight"] for x in "AB"},
-                    "lacks modules that the adapter's LoRA changes: single_transformer_blocks.7.proj_mlp;"),
-        "misfit": (state | {"single_transformer_blocks.0.proj_mlp.lora_B.weight": torch.ones(500, 4)},
-                   "has them in another shape"),
-        "unknown": (state | {f"transformer_blocks.0.nonsense.lora_{x}.weight": torch.ones(2, 2) for x in "AB"},
-                    "transformer_blocks.0.nonsense;"),
-    }
-    for name, (content, message) in cases.items():
-        tiny = model("gmflux_tiny")
-        loras = tiny.host.base / "models" / "loras"
-        save_file({key: value.clone() for key, value in content.items()}, loras / f"bad_{name}.safetensors")
-        tiny.graph[tiny.model[0]]["inputs"]["adapter_name"] = f"bad_{name}.safetensors"
-        tiny.host.save(tiny.graph, tiny.custom(tiny.ode()))
-        error = tiny.host.refused(tiny.graph).rstrip("\n")
-        assert message in error and error.startswith("ValueError: ") and "\n" not in error
-    assert tiny.host.get("/system_stats")
+STATE = load_file(DATA / "gmflux_tiny" / "adapter" / WEIGHTS)
+BLOCK = "single_transformer_blocks.%d.proj_mlp"
+LORA = {key: value for key, value in STATE.items() if "lora" in key}
+NO_HEADS = {key: value for key, value in STATE.items() if "proj_out_" not in key}
+WIDER = {key: torch.cat([value, value], dim=-1) for key, value in STATE.items()
+         if key in ("proj_out_means.weight", "proj_out_logweights.weight", "proj_out_logstds.1.weight")}
+WIDER["norm_out.linear.weight"] = torch.ones(512, 256)
+WIDER["norm_out.linear.bias"] = torch.ones(512)
+BAD = {
+    "dx": (NO_HEADS | {"proj_out.weight": torch.ones(640, 128)}, "a DX adapter"),
+    "asymflow": (NO_HEADS | {"proj_buffer": torch.ones(768, 128)}, "an AsymFlow adapter"),
+    "lora": (LORA, "an ordinary LoRA"),
+    "controlnet": (NO_HEADS | {"controlnet_x_embedder.weight": torch.ones(2, 2)}, "a ControlNet"),
+    "whole": (STATE | {"x_embedder.weight": torch.ones(2, 2)}, "a whole model and no adapter"),
+    "width": (STATE | WIDER, "the adapter is for FLUX.1 of hidden size 256"),
+    "lacking": (STATE | {f"{BLOCK % 7}.lora_{x}.weight": STATE[f"{BLOCK % 0}.lora_{x}.weight"] for x in "AB"},
+                "lacks modules that the adapter's LoRA changes: single_transformer_blocks.7.proj_mlp;"),
+    "misfit": (STATE | {f"{BLOCK % 0}.lora_B.weight": torch.ones(500, 4)}, "has them in another shape"),
+    "unknown": (STATE | {f"transformer_blocks.0.nonsense.lora_{x}.weight": torch.ones(2, 2) for x in "AB"},
+                "transformer_blocks.0.nonsense;"),
+    "partner": ({key: value for key, value in STATE.items() if key != f"{BLOCK % 0}.lora_B.weight"},
+                "single_transformer_blocks.0.proj_mlp.lora_B.weight is missing beside its partner"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_files(model, bad):
+    """The file's own faults are in tests/test_adapter.py; here what the page shows, and the next prompt runs."""
+    tiny, (content, message) = model("gmflux_tiny"), BAD[bad]
+    loras = tiny.host.base / "models" / "loras"
+    save_file({key: value.clone() for key, value in content.items()}, loras / f"bad_{bad}.safetensors")
+    tiny.graph[tiny.model[0]]["inputs"]["adapter_name"] = f"bad_{bad}.safetensors"
+    tiny.host.save(tiny.graph, tiny.custom(tiny.ode()))
+    error = tiny.host.refused(tiny.graph).rstrip("\n")
+    assert message in error and error.startswith("ValueError: ") and "\n" not in error
+    tiny = model("gmflux_tiny")
+    assert tiny.run(tiny.custom(tiny.ode(), steps=1)).isfinite().all()
