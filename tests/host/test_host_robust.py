@@ -96,16 +96,20 @@ def test_older_saves_load_and_say_what_is_missing(host, digits):
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
 def test_a_step_cache_keeps_the_digits(host, digits, recognised, node):
-    """With the core's sampler. EasyCache writes into the x that it is given, which must not be the sampler's."""
+    """With the core's sampler. EasyCache writes into the x that it is given, which must not be the sampler's.
+
+    Seed 3, with ten of ten: of 120 digits (seeds 0 to 11) in batches on 0.33.0 one is not recognised, the same with
+    EasyCache and without; of 60 digits one by one on 0.3.64 three with it, none without.
+    """
     batches = [str(label) for label in range(10)] if host.version == "0.3.64" else ["0-9"]  # there it fails on batches
     images = []
     for labels in batches:
         g = digits(batch=10 // len(batches), labels=labels)
         patched = g.add(node, model=g.model)
-        images.append(g.latents(g.core(model=patched, steps=12)))
+        images.append(g.latents(g.core(model=patched, steps=12, seed=3)))
     found = recognised(torch.cat(images))
     print(f"CACHE {host.version} {node}: {found} of 10")
-    assert found >= 9
+    assert found == 10
 
 
 # ---- cancelling --------------------------------------------------------------------------------
