@@ -105,6 +105,7 @@ Its **end_percent** 0.5 guides only the first half.
 """, size=(340, 500))
     group, model, positive, _, latent = start(flow, "0-9", 10)
     gutter, rows = group.right, []
+    flow.around(latent.node, "model")
 
     def look(title: str, name: str, latents: Output) -> None:
         images = enlarge(flow, latents, pixels(flow, PASS))  # one for all would send its links through every row
@@ -295,9 +296,7 @@ What the mask keeps stays exactly as it is, and the free half has to match it.
     flow.route(masked, "samples", (two + 40, threes.height), (two + 40, under), (three + 40, under),
                (three + 40, masked.socket("samples")))
     flow.route(changer, "latent_image", (two + 40, threes.height), (two + 40, changer.socket("latent_image")))
-    edge, between = mask.right + 10, where.pos[1] - 42
-    flow.route(where, "destination", (edge - 20, keep.height), (edge - 20, between), (mask.pos[0] + 10, between),
-               (mask.pos[0] + 10, where.socket("destination")))
+    flow.around(where, "destination")
 
 
 def inspect_components(flow: Flow) -> None:

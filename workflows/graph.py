@@ -197,6 +197,13 @@ class Flow:
             for number, (source, node, slot) in enumerate(found, 1)
         ]
 
+    def around(self, node: Node, name: str) -> None:
+        """Lead a link down its column around the nodes between: right, under its own node, and left."""
+        source = node.sockets[name]
+        above, x = source.node, source.node.pos[0]
+        right, left, under = x + above.size[0] + PAD // 2, x - PAD // 2, above.bottom + GAP // 2
+        self.route(node, name, (right, source.height), (right, under), (left, under), (left, node.socket(name)))
+
     def reroutes(self, links: list[list]) -> dict:
         """The page's reroutes: each knows the one before it and its links; each link knows its last one."""
         found, extensions = {}, []
