@@ -121,6 +121,10 @@ class Placed:
     limit: float = 3.0
     _known: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.end_percent <= 1:
+            raise ValueError(f"end_percent must be in [0, 1], got {self.end_percent}")
+
     def given(self, x: Tensor, model, info: Info) -> Conditioned:
         """For x (B,C,H,W) in the space of the mixture; ``model`` is the host's."""
         until = float(model.model_sampling.percent_to_sigma(self.end_percent))

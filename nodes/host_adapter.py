@@ -8,6 +8,7 @@ the network gives the mixture's mean: an ordinary flow model.
 from __future__ import annotations
 
 import logging
+import math
 from contextvars import ContextVar
 
 import comfy.model_base
@@ -297,6 +298,8 @@ def apply_adapter(model, path: str, strength: float):
 
     ``strength`` scales the adapter's LoRA, not its heads. The MODEL itself stays as it is.
     """
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, got {strength}")
     if model.get_attachment(ATTACHMENT) is not None:
         raise ValueError("model: an adapter is applied to it already, and two would add up to neither; remove one")
     try:

@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 from . import text_to_image
-from .graph import Flow, Group, Output, fields, inputs_of, options
+from .graph import GAP, Flow, Group, Output, fields, inputs_of, options
 
 HERE = Path(__file__).resolve().parent
 SNAPSHOT = HERE.parent / "tests" / "data" / "object_info.json"
@@ -29,6 +29,7 @@ LISTED = ({("GMFlowLoader", "model_name"), ("VAELoader", "vae_name"), ("GMFlowIm
 CHARACTERS, SIZE = "gmdit_characters.safetensors", 24
 TEN = "critter, cutout, mood, peep, pixel person, planet, sprout, thumb, voxel person, voxel robot"
 CHOSEN = 4  # a hypothesis of a body, of the seed in choose_a_hypothesis
+PASS = 70   # so much lower, a node lets a link pass above it to its neighbour's first input
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#4a7a4a", "#6d5a96", "#8a6d3b"
 
 
@@ -41,9 +42,9 @@ def start(flow: Flow, labels: str, images: int) -> tuple[Group, Output, Output, 
     return group, model, classes["positive"], classes["negative"], latent
 
 
-def pixels(flow: Flow) -> Output:
+def pixels(flow: Flow, drop: int = 0) -> Output:
     """The core's VAE for models that paint pixels: it only changes their range."""
-    return flow.add("VAELoader", "No VAE: RGB pixels", vae_name="pixel_space").out
+    return flow.add("VAELoader", "No VAE: RGB pixels", vae_name="pixel_space", drop=drop).out
 
 
 def enlarge(flow: Flow, latent: Output, vae: Output) -> Output:
@@ -104,33 +105,49 @@ as Stable Diffusion's guidance does. 1 is none.
 Its **end_percent** 0.5 guides only the first half.
 """, size=(340, 500))
     group, model, positive, _, latent = start(flow, TEN, 10)
+    gutter, rows = group.right, []
+    flow.around(latent.node, "model")
 
     def look(title: str, name: str, latents: Output) -> None:
-        images = enlarge(flow, latents, pixels(flow))  # one for all would send its links through every row
+        images = enlarge(flow, latents, pixels(flow, PASS))  # one for all would send its links through every row
         flow.add("SaveImage", title, size=(1560, 290), images=images, filename_prefix=f"gmflow/guidance/{name}")
 
     row = None
     for scale in (0.0, 0.4, 0.7):
         title = f"Probabilistic guidance {scale or '0: none'}"
         row = flow.group(title, across=True,
-                         **(dict(right_of=group, pos=(None, 0), gap=80) if row is None else dict(below=row)))
+                         **(dict(right_of=group, pos=(None, 0), gap=200) if row is None else dict(below=row)))
         sampled = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=positive,
                            latent_image=latent, seed=7, steps=8, guidance=scale)
         look(title, f"probabilistic_{scale}", sampled["latent"])
+        rows.append((sampled, sampled))
 
-    flow.group("The same for both", pos=(group.pos[0], row.bottom + 40), color=GREEN)
+    common = flow.group("The same for both", pos=(group.pos[0], row.bottom + 40), color=GREEN)
+    sigmas = flow.add("GMFlowScheduler", model=model, steps=8)
     noise = flow.add("RandomNoise", noise_seed=7).out
     sampler = flow.add("SamplerGMFlowODE").out
-    sigmas = flow.add("GMFlowScheduler", model=model, steps=8).out
+    guided = []
     for scale in (1.5, 4.0):
         title = f"Vanilla CFG {scale:g}"
         row = flow.group(title, below=row, across=True, color=PURPLE)
         guider = flow.add("GMFlowGuider", size=(300, 250), show_advanced=True, model=model, positive=positive,
-                          method="vanilla CFG", cfg_scale=scale).out
-        sampled = flow.add("SamplerCustomAdvanced", size=(300, 130), under=True, noise=noise, guider=guider,
-                           sampler=sampler,
-                           sigmas=sigmas, latent_image=latent)
+                          method="vanilla CFG", cfg_scale=scale)
+        sampled = flow.add("SamplerCustomAdvanced", size=(300, 130), under=True, noise=noise, guider=guider.out,
+                           sampler=sampler, sigmas=sigmas.out, latent_image=latent)
         look(title, f"vanilla_{scale}", sampled["output"])
+        rows.append((guider, sampled))
+        guided.append(sampled)
+        decoder, beside = flow.nodes[-3], sampled.pos[0] + sampled.size[0] + GAP
+        flow.route(decoder, "samples", (beside, sampled["output"].height), (beside, decoder.socket("samples")))
+    # The uppermost output has the line furthest right, so that none crosses another one's way there.
+    for number, name in enumerate(("sampler", "noise", "sigmas")):
+        flow.trunk(gutter + 70 + 22 * number, *((node, name) for node in guided))
+    for number, name in enumerate(("latent_image", "positive", "model")):
+        ends = [(sampled if name == "latent_image" else asked, name) for asked, sampled in rows]
+        flow.trunk(gutter + 136 + 22 * number, *ends)
+    above, left = common.pos[1] - 20, common.pos[0] - 20
+    flow.route(sigmas, "model", (gutter + 40, model.height), (gutter + 40, above), (left, above),
+               (left, sigmas.socket("model")))
 
 
 def advanced_custom_sampling(flow: Flow) -> None:
@@ -231,35 +248,57 @@ What the mask keeps stays exactly as it is: a face in the same sky.
     first = flow.group("Model", pos=(380, 0))
     model = flow.add("GMFlowLoader", model_name=CHARACTERS).out
     latent = flow.add("GMFlowEmptyLatent", model=model, batch_size=4).out
+    vae = pixels(flow)
 
-    mask = flow.group("The mask: white is free", below=first, color=BROWN)
-    keep = flow.add("SolidMask", "Keep (black)", value=0.0, width=SIZE, height=SIZE).out
-    free = flow.add("SolidMask", "Free (white)", value=1.0, width=14, height=14).out
-    mask = flow.add("MaskComposite", "Where it is free", destination=keep, source=free, x=5, y=5, operation="add").out
-
-    source = flow.group("1  Paint planets", right_of=first, gap=80, color=GREEN)
+    # Lower than the rows' samplers, so that links to these pass above it.
+    source = flow.group("1  Paint planets", right_of=first, gap=120, pos=(None, 140), color=GREEN)
     classes = flow.add("GMFlowClassConditioning", size=(300, 176), model=model, labels="planet")
-    planets = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
-                       latent_image=latent, seed=5, guidance=0.4)["latent"]
-    images = enlarge(flow, planets, pixels(flow))
+    painter = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
+                       latent_image=latent, seed=5, guidance=0.4)
+    planets = painter["latent"]
+    images = enlarge(flow, planets, vae)
+    decoder = flow.nodes[-2]
     flow.add("SaveImage", "Planets", size=(300, 370), images=images, filename_prefix="gmflow/change/1_source")
 
-    def change(title: str, name: str, label: str, seed: int, group: dict, mask: Output | None = None,
-               **settings) -> Group:
-        row = flow.group(title, across=True, color=PURPLE, **group)
-        classes = flow.add("GMFlowClassConditioning", model=model, labels=label)
-        start = planets
-        if mask is not None:
-            start = flow.add("SetLatentNoiseMask", under=True, samples=planets, mask=mask).out
-        latents = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
-                           latent_image=start, seed=seed, guidance=0.4, **settings)["latent"]
-        images = enlarge(flow, latents, pixels(flow))
-        flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
-        return row
+    mask = flow.group("The mask: white is free", right_of=source, gap=120, pos=(None, 140), color=BROWN)
+    keep = flow.add("SolidMask", "Keep (black)", value=0.0, width=SIZE, height=SIZE).out
+    free = flow.add("SolidMask", "Free (white)", value=1.0, width=14, height=14).out
+    where = flow.add("MaskComposite", "Where it is free", destination=keep, source=free, x=5, y=5, operation="add")
 
-    row = change("2  Inpaint: a mood in its place", "2_inpainted", "mood", 6,
-                 dict(right_of=source, gap=80, pos=(None, 0)), mask)
-    change("3  Image to image: from planets to moods", "3_image_to_image", "mood", 5, dict(below=row), denoise=0.8)
+    def change(title: str, name: str, label: str, seed: int, group: dict, mask: Output | None = None,
+               **settings) -> tuple:
+        row = flow.group(title, across=True, color=PURPLE, **group)
+        classes = flow.add("GMFlowClassConditioning", drop=110, model=model, labels=label)
+        start, first = planets, None
+        if mask is not None:
+            first = flow.add("SetLatentNoiseMask", under=True, samples=planets, mask=mask)
+            start = first.out
+        sampler = flow.add("GMFlowKSampler", size=(300, 400), model=model, positive=classes["positive"],
+                           latent_image=start, seed=seed, guidance=0.4, **settings)
+        images = enlarge(flow, sampler["latent"], pixels(flow, PASS))
+        flow.add("SaveImage", title[3:], size=(400, 450), images=images, filename_prefix=f"gmflow/change/{name}")
+        return row, classes, first or sampler, sampler
+
+    row, asked, masked, inpainter = change("2  Inpaint: a mood in its place", "2_inpainted", "mood", 6,
+                                           dict(right_of=mask, gap=120, pos=(None, 0)), where.out)
+    _, other, _, changer = change("3  Image to image: from planets to moods", "3_image_to_image", "mood", 5,
+                                  dict(below=row, pos=(mask.pos[0], None)), denoise=0.8)
+
+    one, two, three = first.right + 60, source.right, mask.right
+    flow.trunk(one + 20, (classes, "model"), (painter, "model"))
+    flow.trunk(one, (painter, "latent_image"))
+    flow.trunk(one - 20, (decoder, "vae"))
+    over, turn = model.height, (three + 80, model.height)
+    flow.route(inpainter, "model", (one + 20, over), (two + 80, over), turn)
+    flow.route(asked, "model", (one + 20, over), (two + 80, over), turn, (three + 80, asked.socket("model")))
+    down = [(one + 20, over), (two + 80, over), (two + 80, changer.socket("model"))]
+    flow.route(changer, "model", *down)
+    flow.route(other, "model", *down, (two + 80, other.socket("model")))
+    under = over + 22
+    flow.route(masked, "samples", (two + 40, planets.height), (two + 40, under), (three + 40, under),
+               (three + 40, masked.socket("samples")))
+    flow.route(changer, "latent_image", (two + 40, planets.height), (two + 40, changer.socket("latent_image")))
+    flow.around(where, "destination")
 
 
 def inspect_components(flow: Flow) -> None:

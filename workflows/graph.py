@@ -10,6 +10,7 @@ import uuid
 
 TITLE, GAP, PAD, GROUP_TITLE = 30, 24, 20, 44   # pixels: a node's title bar, between nodes, in groups
 SLOT, WIDGET, MULTILINE = 20, 24, 90
+SOCKET = 14  # from a node's upper edge to its first socket
 FOOT = 30  # newer pages write a pack's name and a button for advanced inputs under its nodes
 AIR = 260  # a preview grows a sampler by so much while it runs
 SAMPLERS = ("KSampler", "SamplerCustomAdvanced", "GMFlowKSampler", "GMFlowSamplerCustom")
@@ -44,6 +45,11 @@ class Output:
         self.node, self.slot = node, slot
         self.type = node.info["output"][slot]
 
+    @property
+    def height(self) -> int:
+        """Where links from it begin."""
+        return self.node.pos[1] + SOCKET + SLOT * self.slot
+
 
 class Node:
     def __init__(self, number: int, class_type: str, info: dict, title, size, show_advanced, models, values: dict):
@@ -71,6 +77,10 @@ class Node:
 
     def __getitem__(self, name: str) -> Output:
         return Output(self, self.info["output_name"].index(name))
+
+    def socket(self, name: str) -> int:
+        """The height at which the link into this input ends."""
+        return self.pos[1] + SOCKET + SLOT * list(self.sockets).index(name)
 
     @property
     def bottom(self) -> int:
@@ -105,13 +115,13 @@ class Group:
     def __init__(self, title: str, pos, across: bool, color: str):
         self.title, self.pos, self.across, self.color, self.members = title, pos, across, color, []
 
-    def place(self, node, under: bool) -> None:
+    def place(self, node, under: bool, drop: int) -> None:
         x, y = self.pos[0] + PAD, self.pos[1] + GROUP_TITLE + TITLE
         if self.members and (under or not self.across):
             x, y = self.members[-1].pos[0], self.members[-1].bottom + GAP + TITLE
         elif self.members:
             x = self.right - PAD + 2 * GAP
-        node.pos = (x, y)
+        node.pos = (x, y + drop)
         self.members.append(node)
 
     @property
@@ -137,6 +147,7 @@ class Flow:
         self.nodes: list[Node] = []
         self.notes: list[Note] = []
         self.groups: list[Group] = []
+        self.routes: dict[tuple[Node, str], tuple] = {}
 
     def _number(self) -> int:
         return len(self.nodes) + len(self.notes) + 1
@@ -157,12 +168,25 @@ class Flow:
         return self.groups[-1]
 
     def add(self, class_type: str, title: str | None = None, size=None, under=False, show_advanced=False, models=None,
-            **values) -> Node:
-        """A node in the newest group. ``models``: files to offer for download if the server lacks them."""
+            drop=0, **values) -> Node:
+        """A node in the newest group, lower by ``drop`` so that links pass above it. ``models``: files to offer for
+        download if the server lacks them."""
         node = Node(self._number(), class_type, self.info[class_type], title, size, show_advanced, models, values)
         self.nodes.append(node)
-        self.groups[-1].place(node, under)
+        self.groups[-1].place(node, under, drop)
         return node
+
+    def route(self, node: Node, name: str, *points: tuple[int, int]) -> None:
+        """Lead the link into this input over these points. Links of one output share those that they begin with."""
+        self.routes[node, name] = points
+
+    def trunk(self, x: int, *ends: tuple[Node, str]) -> None:
+        """Lead the links of one output, which end in these inputs, along an upright line at ``x``."""
+        for node, name in ends:
+            start, end = node.sockets[name].height, node.socket(name)
+            stops = {n.socket(i) for n, i in ends} | {end}
+            between = [y for y in stops if start < y <= end or end <= y < start]
+            self.route(node, name, (x, start), *((x, y) for y in sorted(between, reverse=end < start)))
 
     def links(self) -> list[list]:
         """[id, from, slot, to, slot, type] of every link."""
@@ -172,6 +196,29 @@ class Flow:
             [number, source.node.number, source.slot, node.number, slot, source.type]
             for number, (source, node, slot) in enumerate(found, 1)
         ]
+
+    def around(self, node: Node, name: str) -> None:
+        """Lead a link down its column around the nodes between: right, under its own node, and left."""
+        source = node.sockets[name]
+        above, x = source.node, source.node.pos[0]
+        right, left, under = x + above.size[0] + PAD // 2, x - PAD // 2, above.bottom + GAP // 2
+        self.route(node, name, (right, source.height), (right, under), (left, under), (left, node.socket(name)))
+
+    def reroutes(self, links: list[list]) -> dict:
+        """The page's reroutes: each knows the one before it and its links; each link knows its last one."""
+        found, extensions = {}, []
+        inputs = [(node, name) for node in self.nodes for name, source in node.sockets.items() if source]
+        for (number, *origin, _, _, _), key in zip(links, inputs, strict=True):
+            points, parent = self.routes.get(key, ()), None
+            for count in range(1, len(points) + 1):
+                way = (*origin, points[:count])
+                before = {} if parent is None else {"parentId": parent}
+                stop = found.setdefault(way, {"id": len(found) + 1, **before, "pos": points[count - 1], "linkIds": []})
+                stop["linkIds"].append(number)
+                parent = stop["id"]
+            if parent is not None:
+                extensions.append({"id": number, "parentId": parent})
+        return {"reroutes": list(found.values()), "linkExtensions": extensions} if found else {}
 
     def api(self) -> dict:
         prompt = {}
@@ -196,7 +243,7 @@ class Flow:
                 }
                 for number, group in enumerate(self.groups, 1)
             ],
-            "config": {}, "extra": {}, "version": 0.4,
+            "config": {}, "extra": self.reroutes(links), "version": 0.4,
         }
 
     def _note(self, note: Note, order: int) -> dict:
