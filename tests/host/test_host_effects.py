@@ -17,7 +17,11 @@ GUIDERS = ("core", "vanilla", "probabilistic")
 SAMPLERS = ("euler", "GM-ODE", "GM-SDE")
 NOTHING = 0.02  # of 255: rounding
 
-MIXTURE = "needs the mixture of the whole image"  # why a cell may hold no number
+
+def cut(got: str, whole: str, who: str) -> str:
+    """What is said where the network saw parts of the image alone."""
+    return (f"needs the mixture of the whole image, but the network saw parts (batch {got} of {whole}) "
+            f"because of {who}; remove that node, or use a core sampler with a core guider")
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,13 @@ ROWS = [
     Row("CFGNorm", {"strength": 0.5}), Row("CFGOverride", {"cfg": 5.0, "start_percent": 0.0, "end_percent": 1.0},
                                            warned=True), Row("Epsilon Scaling", {"scaling_factor": 1.05}),
     Row("EasyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0}, batch=1,
-        refused=dict.fromkeys(MIXED, "EasyCache")),
+        refused=dict.fromkeys(MIXED, "a patch that skips the network (EasyCache), does not go with it")),
     Row("LazyCache", {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0},
-        refused=dict.fromkeys(GM, "LazyCache")),
+        refused=dict.fromkeys(GM, "a patch that skips it (LazyCache) cannot be combined with GM samplers")),
     # over rows: over a batch 0.3.64's fail, whatever the model
     Row("ContextWindowsManual", {"context_length": 8, "context_overlap": 2, "dim": 2, "causal_window_fix": False},
-        batch=1, refused=dict.fromkeys(MIXED, MIXTURE)),
+        batch=1, refused=dict.fromkeys(MIXED, cut("1 x 8 x 16", "1 x 16 x 16",
+                                                  "IndexListContextHandler of comfy.context_windows"))),
     Row("ConditioningSetProperties", side="positive", build=hooked, name="hooks"),
     Row("ModelSave", build=saved_and_loaded, name="ModelSave and back"),
     Row("DifferentialDiffusion", start="bands"),
@@ -114,7 +119,8 @@ ROWS = [
     # ---- other people's ----
     Row("TestOtherSigma", side="sampler"), Row("TestOtherAnswer", side="sampler"), Row("TestWritesToX", side="sampler"),
     Row("TestAsksAgain"), Row("TestMomentum"), Row("TestScale"), Row("TestReplacesCFG", {"strength": 1.5}, warned=True),
-    Row("TestOtherNetwork"), Row("TestTiles", refused=dict.fromkeys(MIXED, MIXTURE)), Row("TestAttention"),
+    Row("TestOtherNetwork"), Row("TestAttention"),
+    Row("TestTiles", refused=dict.fromkeys(MIXED, cut("2 x 8 x 8", "2 x 16 x 16", "TestTiles of wrappers"))),
 ]
 
 
