@@ -39,13 +39,14 @@ class Family:
     modules: str             # a pattern of names that only this family's adapters have
     guidance: float | None   # the only value of the guidance embedding that its adapters know, None: it has none
     packed: bool = False     # its latents hold p x p pixels in their channels: (C p p, H, W) for (C, p H, p W)
+    steps_vary: bool = True  # an adapter is as good at other numbers of steps than its own
     scale_first: bool = False  # its own last modulation is (scale, shift), as in the files, and not (shift, scale)
 
 
 FAMILIES = (
     Family("FLUX.1", 16, (
         r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)|transformer_blocks\.\d+\.ff(_context)?\.net\."
-        r"|time_text_embed\.(guidance|text)_embedder\."), 3.5),
+        r"|time_text_embed\.(guidance|text)_embedder\."), 3.5, steps_vary=False),
     Family("Qwen-Image", 16, r"transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\.", None, scale_first=True),
     Family("FLUX.2", 32, (
         r"transformer_blocks\.\d+\.ff(_context)?\.linear_|single_transformer_blocks\.\d+\.attn\.to_(qkv_mlp_proj|out)$"

@@ -44,6 +44,10 @@ class AdapterInfo:
     def of(cls, adapter: Adapter) -> AdapterInfo:
         return cls(adapter.family, adapter.heads.components, adapter.width, adapter.steps)
 
+    def takes(self, steps: int) -> bool:
+        """Whether it paints as well in that many steps as in its own."""
+        return self.family.steps_vary or steps == self.steps
+
     @property
     def latent(self) -> tuple[int, int]:
         """The host's latents: their channels, and their axes behind batch and channels."""

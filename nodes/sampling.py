@@ -8,6 +8,7 @@ from ..gmflow_core import SecondOrder, flow_sigmas
 from ..gmflow_core.guidance import PUBLISHED_SCALE, TILTS
 from ..gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
 from . import host, host_sampling
+from .adapter_info import AdapterInfo
 from .guidance import METHODS, Guidance
 from .schema import GMTrace, advanced, schema, seed
 from .trace_source import TraceSource
@@ -87,6 +88,9 @@ def final_step_input():
 def sigmas_of(model, steps: int, shift: float, denoise: float, final_step: float):
     """The grid of noise levels of a model; 0 steps and a final step of 0 are its own."""
     info = host.require_gmflow(model)
+    if isinstance(info, AdapterInfo) and steps and denoise == 1 and not info.takes(steps):
+        host_sampling.tell(f"by its file's name this {info.family.name} adapter is made for {info.steps} steps, and "
+                           f"with {steps} the contrast is another; steps 0 takes its own number")
     return flow_sigmas(steps or info.steps, shift * host.model_shift(model), denoise, final_step or info.final_step)
 
 

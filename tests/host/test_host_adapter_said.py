@@ -83,6 +83,19 @@ def test_guidance_embedding(model, name):
 
 
 @families
+def test_other_numbers_of_steps(model, name):
+    """FLUX.1's adapters know one number of steps; the sampler's default, 8, is another than 4."""
+    tiny = model(name)
+    lines = []
+    for inputs in ({}, {"steps": 4}, {"steps": 0}, {"steps": 2, "denoise": 0.5}):
+        tiny = model(name)
+        before = tiny.host.log().count("is made for 4 steps")
+        tiny.run(tiny.add("GMFlowKSampler", model=tiny.model, positive=tiny.text, latent_image=tiny.empty, **inputs))
+        lines.append(tiny.host.log().count("is made for 4 steps") - before)
+    assert lines == ([1, 0, 0, 0] if name == "gmflux_tiny" else [0] * 4)
+
+
+@families
 def test_a_later_shift_wins_and_is_named(model, name):
     tiny = model(name)
     earlier = tiny.add("ModelSamplingSD3", model=tiny.base, shift=5.0)
