@@ -43,9 +43,14 @@ def demo(checkpoint_path: Path, out: Path, seed: int = 0) -> list[Path]:
     return paths
 
 
+def kinds(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The names of the bundled model's classes."""
+    return checkpoint.class_names or ()
+
+
 def draw_solvers(checkpoint: Checkpoint, seed: int):
     """GM-ODE 2 and GM-SDE 2 at 1, 2, 4 and 8 network steps: one picture of every class, twice."""
-    labels = list(range(checkpoint.config.num_classes))
+    labels = list(range(len(kinds(checkpoint))))
     cells = []
     for steps in STEPS:
         row = [
@@ -60,7 +65,7 @@ def draw_solvers(checkpoint: Checkpoint, seed: int):
 
 def draw_guidance(checkpoint: Checkpoint, seed: int):
     """Probabilistic guidance at three scales, from the same noise."""
-    labels = [kind for kind in range(checkpoint.config.num_classes) for _ in range(3)]
+    labels = [kind for kind in range(len(kinds(checkpoint))) for _ in range(3)]
     rows = [sample_images(checkpoint, labels, steps=8, guidance=w, seed=seed) for w in GUIDANCE]
     cells = [[image_grid(_by_column(images, 3), len(labels) // 3, scale=2)] for images in rows]
     titles = [f"guidance {w:g}" for w in GUIDANCE]
@@ -76,7 +81,7 @@ def _by_column(images: Tensor, rows: int) -> Tensor:
 def draw_beliefs(checkpoint: Checkpoint, seed: int):
     """The mixture of the first steps of one image: x_t, its mean, its hypotheses, its entropy."""
     steps: list[StepInfo] = []
-    subject = checkpoint.class_names.index(SUBJECT)
+    subject = kinds(checkpoint).index(SUBJECT)
     sample_images(checkpoint, [subject], steps=8, guidance=0.4, seed=seed, callback=steps.append)
     bits = math.log2(checkpoint.config.num_gaussians)
     cells, titles = [], []
