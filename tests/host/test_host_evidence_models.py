@@ -75,6 +75,8 @@ def test_what_latents_are_not(digits, painted, host, latent_model):  # noqa: F81
     chosen = g.add("GMFlowChoose", trace=g.gm(steps=2).out(1), hypothesis=1)
     refused(host, g, g.add("GMFlowApplyEvidence", model=g.model, evidence=chosen), "a chosen hypothesis is about RGB")
     g = latents()
+    refused(host, g, encoded(g, name, "NaN")[0], "vae: it makes NaN", "half precision")
+    g = latents()
     refused(host, g, encoded(g, name, "gmflux_tiny")[0], "(16, 8, 8)", "(4, 8, 8)", "this model's vae")
     g = latents()
     refused(host, g, encoded(g, painted(KNOWN, (64, 32), "flat.png"))[0], "(4, 4, 8)", "as large as the image")

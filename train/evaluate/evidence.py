@@ -112,7 +112,7 @@ def choices(problem: Problem, numbers: list[int], std: float) -> tuple[list[int]
     """Which images of a problem have a hypothesis that can be asked for, and its colours (N,3), for every image's
     hypothesis ``numbers[row] % 8 + 1`` of the first step."""
     recorder = Recorder(images=len(numbers), steps=1)
-    problem.solve(problem.denoiser(), callback=recorder)
+    problem.solve(problem.denoiser(), callback=recorder, last=1)
     trace, rows, colours = recorder.trace(), [], []
     for row, number in enumerate(numbers):
         colour, _ = chosen_hypothesis(trace, 0, row, number % HYPOTHESES + 1, HYPOTHESES)

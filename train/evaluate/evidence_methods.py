@@ -44,9 +44,11 @@ class Problem:
     def denoiser(self, evidence: Evidence | Conditioned | None = None) -> GMDenoiser:
         return GMDenoiser(self.model, self.labels, self.guidance, tilt=GUIDANCE_TILT, evidence=evidence)
 
-    def solve(self, denoiser: Denoiser, inpaint=None, callback=None) -> Tensor:
+    def solve(self, denoiser: Denoiser, inpaint=None, callback=None, last: int | None = None) -> Tensor:
+        """All steps, or those up to the ``last``."""
+        sigmas = flow_sigmas(self.steps)[: None if last is None else last + 1]
         with torch.no_grad():
-            return sample(denoiser, self.noise, flow_sigmas(self.steps), OPTIONS, inpaint=inpaint, callback=callback)
+            return sample(denoiser, self.noise, sigmas, OPTIONS, inpaint=inpaint, callback=callback)
 
 
 def nothing(p: Problem) -> Tensor:

@@ -45,11 +45,12 @@ class TinyVAE:
 
 
 class TinyEncoder:
-    """In the place of Load VAE: ComfyUI's own VAE, a TAESD of random weights, in the layout of a base's latents."""
+    """In the place of Load VAE: ComfyUI's own VAE, a TAESD of random weights, in the layout of a base's latents;
+    or one that fails as in half precision."""
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"layout": (["SD", *tiny.NAMES],)}}
+        return {"required": {"layout": (["SD", "NaN", *tiny.NAMES],)}}
 
     RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "get", "tests"
 

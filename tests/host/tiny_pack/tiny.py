@@ -165,7 +165,7 @@ def write_files() -> None:
 
 def encoder(layout: str):
     """A VAE whose latents are SD's, or those of a base: 16 channels, with a time axis, or 128 at half the size."""
-    channels = {"SD": 4, "gmflux2_tiny": 32}.get(layout, 16)
+    channels = {"SD": 4, "NaN": 4, "gmflux2_tiny": 32}.get(layout, 16)
     generator, weights = torch.Generator().manual_seed(0), {}
     for key, value in comfy.taesd.taesd.TAESD(latent_channels=channels).state_dict().items():
         if value.ndim:  # ComfyUI leaves weights as memory was
@@ -178,7 +178,7 @@ def encoder(layout: str):
             latents = super().encode(pixels)
             if layout == "gmflux2_tiny":
                 return torch.nn.functional.pixel_unshuffle(latents, 2)
-            return latents.unsqueeze(2) if layout == "gmqwen_tiny" else latents
+            return latents.unsqueeze(2) if layout == "gmqwen_tiny" else latents * float("nan" if layout == "NaN" else 1)
 
     return Encoder(sd=weights)
 
