@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from adapters import DATA, NAMES, WEIGHTS, Tiny
 from conftest import assert_same
 from recorded import small_network
-from test_host_adapter import DATA, NAMES, WEIGHTS, Tiny
 from test_host_evidence import hinted, mask_and_picture, painted, refused  # noqa: F401
 
 from gmflow_core import GMDenoiser, GMDiT, GMDiTConfig, SecondOrder, flow_sigmas, sample_gm_ode, save_checkpoint
