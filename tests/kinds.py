@@ -23,7 +23,7 @@ def edges(images: Tensor) -> np.ndarray:
 
 def judge() -> Callable[[Tensor], Tensor]:
     """Images (B,3,24,24) in [-1, 1] -> kinds (B,). It reads nine in ten of real pictures that it has not seen."""
-    with Image.open(Path(__file__).parent / "data" / "characters.png") as picture:  # a row for each kind
+    with Image.open(Path(__file__).parent / "data" / "kinds.png") as picture:  # a row for each kind
         pixels = torch.from_numpy(np.array(picture.convert("RGB")))
     real = pixels.unflatten(0, (16, 24)).unflatten(2, (20, 24)).permute(0, 2, 4, 1, 3).flatten(0, 1) / 127.5 - 1
     kinds, held_out = np.arange(16).repeat(20), np.arange(320) % 4 == 0
