@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,8 +304,8 @@ def test_the_solver_that_is_asked_for_paints(checkpoint, tmp_path, capsys, solve
 def test_the_demo_s_rows_are_guided_as_their_titles_say(monkeypatch):
     """Samples that are as bright as they are guided: each row of the sheet shows its own scale."""
     monkeypatch.setattr(demo, "sample_images", lambda checkpoint, labels, guidance=0.3, **options: torch.full(
-        (len(labels), 3, 16, 16), guidance))
+        (len(labels), 3, 24, 24), guidance))
     monkeypatch.setattr(demo, "sheet", lambda cells, titles, *rest: list(zip(cells, titles, strict=True)))
-    for (picture,), title in demo.draw_guidance(None, 0):
+    for (picture,), title in demo.draw_guidance(SimpleNamespace(class_names=("cat", "dog")), 0):
         scale = float(title.removeprefix("guidance "))
         assert picture.crop((4, 4, 8, 8)).getextrema()[0][0] == pytest.approx(127.5 * (scale + 1), abs=1)
