@@ -191,7 +191,8 @@ def rows(page: str, first: str) -> list[list[str]]:
 
 def test_numbers_of_the_readme_are_those_of_the_digits():
     steps = [1, 2, 4, 8, 16, 32]
-    for name in ("K = 8, GM-SDE 2", "K = 8, GM-ODE 2, 2 corrections", "K = 1, GM-SDE 2"):
+    for name in ("K = 8, GM-SDE 2, limited", "K = 8, GM-SDE 2", "K = 8, GM-ODE 2, limited",
+                 "K = 8, GM-ODE 2, 2 corrections", "K = 1, GM-SDE 2"):
         (short,) = (row for row in rows("README.md", name) if row[0] == name)
         (full,) = (row for row in rows("docs/digits.md", name) if row[0] == name)
         fid = {n: cell.split(",")[0] for n, cell in zip(steps, full[1:], strict=True)}
