@@ -120,7 +120,7 @@ ROWS = [
     Row("TestOtherSigma", side="sampler"), Row("TestOtherAnswer", side="sampler"), Row("TestWritesToX", side="sampler"),
     Row("TestAsksAgain"), Row("TestMomentum"), Row("TestScale"), Row("TestReplacesCFG", {"strength": 1.5}, warned=True),
     Row("TestOtherNetwork"), Row("TestAttention"),
-    Row("TestTiles", refused=dict.fromkeys(MIXED, cut("2 x 8 x 8", "2 x 16 x 16", "TestTiles of wrappers"))),
+    Row("TestTiles", refused=dict.fromkeys(MIXED, cut("2 x 8 x 8", "2 x 16 x 16", "TestTiles of test-wrappers"))),
 ]
 
 
