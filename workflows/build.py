@@ -393,7 +393,8 @@ hypotheses, each with a number.
 **GMFlow Choose** takes one of them by its number and asks for its colour; the same noise then becomes such a critter.
 
 ### Try
-- **hypothesis**: the other numbers of the panel. A grey one has no hue to ask for, and the node says so.
+- **hypothesis**: the other numbers of the panel. One of the ground changes the ground.
+- **where** everywhere: the whole picture in its colour.
 - **strength**: 1 asks, 5 insists.
 - **seed** and **labels** in all nodes that have them.
 """, size=(340, 380))
