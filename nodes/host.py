@@ -55,7 +55,8 @@ class HostGMDiT(GMDiT):
         super().__init__(config, operations=operations, attention=optimized_attention, dtype=dtype, device=device)
         self.dtype, self.in_channels = dtype, in_channels
 
-    def forward(self, x, timesteps, context=None, control=None, transformer_options={}, labels=None, **kwargs):  # noqa: B006
+    def forward(self, x, timesteps, context=None, control=None, transformer_options={},  # noqa: B006
+                labels=None, **kwargs):
         wrappers = comfy.patcher_extension.get_all_wrappers(
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
         )

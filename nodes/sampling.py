@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from comfy_api.latest import io
 
 from ..gmflow_core import SecondOrder, flow_sigmas
@@ -261,7 +263,7 @@ class GMFlowKSampler(io.ComfyNode):
             solver_named(solver), order, substeps, second_order=SecondOrder(tilt=tilt), temperature=0.0, shift=shift
         ))
         noise = host_sampling.SeedNoise(seed)
-        sample = lambda recorder: host_sampling.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
+        sample = partial(host_sampling.run, noise, guider, sampler, sigmas, latent_image)
         source = TraceSource(sample, model)
         latent, _ = source.sample(cls.hidden, slot=1)
         return io.NodeOutput(latent, source)
@@ -295,6 +297,6 @@ class GMFlowSamplerCustom(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image) -> io.NodeOutput:
-        sample = lambda recorder: host_sampling.run(noise, guider, sampler, sigmas, latent_image, recorder)  # noqa: E731
+        sample = partial(host_sampling.run, noise, guider, sampler, sigmas, latent_image)
         source = TraceSource(sample, guider.model_patcher)
         return io.NodeOutput(*source.sample(cls.hidden, slot=2), source)

@@ -135,7 +135,8 @@ def test_grey_and_small_pictures_on_the_command_line(checkpoint, tmp_path, capsy
     ("--hint", (8, 8), {}, "nothing is painted"),
     ("--small", (3, 3), {}, "whole multiple"),
 ])
-def test_pictures_that_do_not_suit_are_one_line(checkpoint, tmp_path, capsys, option, size, pixels, message):  # noqa: F811
+def test_pictures_that_do_not_suit_are_one_line(checkpoint, tmp_path, capsys, option, size,  # noqa: F811
+                                                pixels, message):
     file = paint(tmp_path / "x.png", size, pixels)
     code, out, err = run(capsys, "sample", checkpoint, "--labels", "0", "--out", tmp_path / "o", option, file)
     assert code == 2 and message in err and option in err and err.count("\n") == 1

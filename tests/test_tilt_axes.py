@@ -158,7 +158,10 @@ def test_draws_have_the_tilted_distribution(rng, kind, draw):
     n = 20_000
     m = one.map(lambda t: t[..., None].expand(*t.shape, n if t is not one.log_std else 1))
     f = factors(rng, 3, (1,))[kind]
-    many = lambda t, fixed=False: None if t is None else t[:1].expand(1, *t.shape[1:-1], 1 if fixed else n)  # noqa: E731
+
+    def many(t, fixed=False):
+        return None if t is None else t[:1].expand(1, *t.shape[1:-1], 1 if fixed else n)
+
     f = GaussianFactor(many(f.precision, kind == "sample"), many(f.shift), many(f.axes))
     tilted = m.tilt(f)
     x = tilted.sample(rng) if draw == "sample" else gaussian_to_mixture(tilted, normal(rng, 1, 3, n))

@@ -247,7 +247,8 @@ def test_evidence_leaves_a_trace(digits, painted, host):
 # ---- with what else there is ---------------------------------------------------------------------
 
 
-def painted_by_core(checkpoint, evidence, *, labels, seed=0, guidance=0.3, sigmas=None, batch=None, **settings):  # noqa: F811
+def painted_by_core(checkpoint, evidence, *, labels, seed=0, guidance=0.3, sigmas=None,  # noqa: F811
+                    batch=None, **settings):
     """The core package's GM-ODE given evidence, from the noise of a seed."""
     sigmas = flow_sigmas(3) if sigmas is None else sigmas
     steps = len(sigmas) - 1

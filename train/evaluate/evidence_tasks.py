@@ -32,9 +32,11 @@ class Truth:
 
     @classmethod
     def choose(cls, data: Digits, count: int, generator: torch.Generator) -> Truth:
-        labels, pick = torch.arange(count) % 10, lambda n: int(torch.randint(n, (1,), generator=generator))  # noqa: E731
+        labels = torch.arange(count) % 10
         members = [(data.labels == label).nonzero().flatten() for label in range(10)]
-        index = torch.stack([members[label][pick(len(members[label]))] for label in labels.tolist()])
+        index = torch.cat([
+            members[label][torch.randint(len(members[label]), (1,), generator=generator)] for label in labels.tolist()
+        ])
         inks = torch.randint(len(INKS), (count,), generator=generator)
         return cls(data.ink(data.grey[index], inks), labels, inks)
 
