@@ -194,11 +194,19 @@ def test_a_team_saves_and_stops_together(tmp_path):
     assert torch.load(tmp_path / "run" / STATE, weights_only=True)["step"] >= 3
 
 
-def test_machines_that_do_not_share_the_folder_say_so_instead_of_waiting_forever(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    saved = Trainer(config_of(SMALL), here, CPU)
-    saved.train_step()
-    saved.save()
+LAST_THREADS = """
+import sys
+from pathlib import Path
+from train.__main__ import main
+
+code = main()
+print("threads", *(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))
+sys.exit(code)
+"""
+
+
+def run_machines(folders: tuple[Path, Path]) -> list[tuple[int, str, str]]:
+    """(exit code, names of the threads that are left at the end, errors) of each of two machines that train."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -208,14 +216,34 @@ def test_machines_that_do_not_share_the_folder_say_so_instead_of_waiting_forever
              "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen(
-            [sys.executable, "-m", "train", "--preset", "digits", "--device", "cpu", "--out", str(folder), *settings],
-            cwd=ROOT, env=os.environ | names | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        ) for rank, folder in enumerate((here, there))
+            [sys.executable, "-c", LAST_THREADS, "--preset", "digits", "--device", "cpu", "--out", str(folder),
+             *settings],
+            cwd=ROOT, env=os.environ | names | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        ) for rank, folder in enumerate(folders)
     ]
-    for machine in machines:
-        _, errors = machine.communicate(timeout=120)
-        assert machine.returncode == 2, errors
+    said = [machine.communicate(timeout=120) for machine in machines]
+    return [(machine.returncode, output.partition("threads")[2], errors)
+            for machine, (output, errors) in zip(machines, said, strict=True)]
+
+
+def test_machines_that_do_not_share_the_folder_say_so_instead_of_waiting_forever(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    saved = Trainer(config_of(SMALL), here, CPU)
+    saved.train_step()
+    saved.save()
+    for code, threads, errors in run_machines((here, there)):
+        assert code == 2, errors
         assert "processes 0 and 1 do not agree (step 1 and 0): all machines need the same --out" in errors
+        assert "gloo" not in threads
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc, of Linux")
+def test_a_team_leaves_no_thread_that_could_outlive_the_interpreter(tmp_path):
+    """Such a thread aborts the process now and then, whatever was its exit code."""
+    for code, threads, errors in run_machines((tmp_path, tmp_path)):
+        assert code == 0, errors
+        assert "gloo" not in threads
 
 
 def test_a_batch_that_does_not_split_is_refused():

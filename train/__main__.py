@@ -26,7 +26,7 @@ from .report import write_report
 from .runlog import short
 from .settings import presets_help, read_settings, settings_help
 from .stop import StopRequest, forgive_streams
-from .team import Team, leave
+from .team import Team, leaving
 from .throughput import forward_flops
 from .trainer import CHECKPOINT, Trainer
 
@@ -170,14 +170,11 @@ def action() -> None:
     config = configuration(args)
     if args.export:
         check_export(args.export)
-    try:
-        team = Team.join(args.device)
-        if args.dry_run:
-            dry_run(config, team)
-        else:
-            run(args, team, config)
-    finally:
-        leave()
+    team = Team.join(args.device)
+    if args.dry_run:
+        dry_run(config, team)
+    else:
+        run(args, team, config)
 
 
 def version() -> str:
@@ -185,7 +182,8 @@ def version() -> str:
 
 
 def main() -> int:
-    return run_command(action, "stopped, not saved since the last save; run the same command to go on from there")
+    stopped = "stopped, not saved since the last save; run the same command to go on from there"
+    return leaving(lambda: run_command(action, stopped))
 
 
 if __name__ == "__main__":

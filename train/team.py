@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +73,8 @@ class Team:
             device = f"cuda:{local}"
         elif device != "cpu":
             raise ValueError(f"several processes work on cuda or cpu, not on {device}")
+        # Its default arguments hold the group that is there when it is imported, and that group's threads, for ever.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
         return cls(torch.device(device), dist.get_rank(), size)
 
@@ -235,4 +240,22 @@ def share_of(value: Tensor, like: Tensor) -> Tensor:
 def leave() -> None:
     """The end of a team, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # what still holds the group
         dist.destroy_process_group()
+
+
+def leaving(command: Callable[[], int]) -> int:
+    """The exit code of a command that may have joined a team, which it has left then.
+
+    It leaves when nothing uses the group any more, not even a traceback: a group that is held keeps its threads, and
+    one that is busy as the interpreter ends aborts the process.
+    """
+    try:
+        code, ended = command(), False
+    except SystemExit as end:
+        code, ended = end.code, True
+    finally:
+        leave()
+    if ended:
+        sys.exit(code)
+    return code  # type: ignore[return-value]

@@ -20,7 +20,7 @@ from gmflow_core.guidance import TILTS
 from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
 
 from ..folder import locked
-from ..team import Team, launched, leave
+from ..team import Team, launched, leaving
 from .figures import markdown, save_figures
 from .results import RESULTS
 from .rows import SAMPLES
@@ -116,14 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     def action() -> None:
         args = parse(arguments)
-        try:
-            team = Team.join(args.device, PATIENCE)
-            with team.quiet():
-                evaluate(args, team)
-        finally:
-            leave()
+        team = Team.join(args.device, PATIENCE)
+        with team.quiet():
+            evaluate(args, team)
 
-    return run_command(action, "stopped; run the same command to go on")
+    return leaving(lambda: run_command(action, "stopped; run the same command to go on"))
 
 
 if __name__ == "__main__":
