@@ -199,10 +199,10 @@ def test_plain_values_are_read(tmp_path, training):
 def test_numbers_out_of_bounds(saved, edit, words):
     header = metadata(saved)
     edit(header)
-    start = time.perf_counter()
+    start = time.process_time()
     refused(rewrite(saved, header), words)
     refused(saved, words, call=identify)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_65536_tokens_are_allowed():
@@ -217,9 +217,9 @@ def test_65536_tokens_are_allowed():
 def test_equal_blocks_are_built_once():
     from gmflow_core.checkpoint import expected_shapes
 
-    start = time.perf_counter()
+    start = time.process_time()
     shapes = expected_shapes(GMDiTConfig(num_layers=20_000))
-    assert time.perf_counter() - start < 2 and len(shapes) == 20_000 * 14 + 15
+    assert time.process_time() - start < 2 and len(shapes) == 20_000 * 14 + 15
     few = GMDiT(TINY, device="meta").state_dict()
     assert expected_shapes(TINY) == {name: tuple(value.shape) for name, value in few.items()}
 
@@ -228,10 +228,10 @@ def test_a_config_of_gigabytes(small):
     path = small / "transformer" / "config.json"
     with open(path, "r+b") as file:
         file.truncate(2 << 30)  # a hole: nothing is written
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="config.json: has 2,147,483,648 bytes, at most"):
         load_checkpoint(small)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_json_with_a_byte_order_mark(small):

@@ -50,12 +50,16 @@ def saved(tmp_path, config):
 # ---- presets -----------------------------------------------------------------------------------
 
 def test_presets_are_there_and_their_names_say_what_they_are():
-    assert {"digits", "digits-vanilla", "checkerboard-k1", "checkerboard-k8", "checkerboard-k64",
-            "checkerboard-vanilla", "images64", "imagenet256-dit-xl2-k8", "dit-s2", "dit-b2"} <= set(PRESETS)
+    assert {"digits", "digits-vanilla", "characters", "characters-vanilla", "checkerboard-k1", "checkerboard-k8",
+            "checkerboard-k64", "checkerboard-vanilla", "images64", "imagenet256-dit-xl2-k8", "dit-s2",
+            "dit-b2"} <= set(PRESETS)
     assert PRESETS["checkerboard"] == PRESETS["checkerboard-k64"]
     assert [PRESETS[f"checkerboard-k{k}"].model.num_gaussians for k in (1, 8, 64)] == [1, 8, 64]
     for name in PRESETS:
         assert (PRESETS[name].loss == "l2") == name.endswith("vanilla")
+    ours, plain = PRESETS["characters"], PRESETS["characters-vanilla"]
+    assert (plain.steps, plain.cooldown, plain.lr, plain.model.num_layers) == \
+        (ours.steps, ours.cooldown, ours.lr, ours.model.num_layers)
 
 
 @pytest.mark.parametrize("name, millions", [("imagenet256-dit-xl2-k8", 675), ("dit-b2", 130), ("dit-s2", 33)])
