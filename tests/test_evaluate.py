@@ -34,7 +34,7 @@ from train.evaluate.reference import DigitImages, load_reference, measure_refere
 from train.evaluate.results import RESULTS
 from train.evaluate.settings import SOLVERS, Setting, sample_images, solve
 from train.evaluate.subject import classes_in_data, digest, likelihood, old_digest, open_subject
-from train.evaluate.sweep import REFERENCE, settings
+from train.evaluate.sweep import CLASSIFIER, REFERENCE, settings
 from train.folder import locked
 from train.vae import Decoder, load_vae
 
@@ -305,6 +305,29 @@ def test_a_folder_of_small_pictures_and_a_classifier_of_them(tmp_path, quick, mo
     assert "| mottling |" in table
     assert Image.open(out / row["picture"]).size == (4 * 48 + 5 * 2, 2 * 48 + 3 * 2)
     assert run(model, "--data", folder, "--steps", 2, "--out", out) == 2  # features of another kind
+
+
+def test_the_classifier_is_kept_with_the_figures_of_its_features(tmp_path, quick, monkeypatch):
+    """The same command again neither learns nor measures; where the classifier is gone, both are done again:
+    an older reference would be of other features."""
+    folder, out = folder_of_images(tmp_path / "bugs", 16, 20), tmp_path / "out"
+    model = save(tmp_path / "gm.safetensors", classes=2, names=("ant", "bee"))
+    done, both = [], ["train_classifier", "measure_reference"]
+
+    def spied(name, work):
+        return lambda *given, **options: done.append(name) or work(*given, **options)
+
+    for name in both:
+        monkeypatch.setattr(evaluate_sweep, name, spied(name, getattr(evaluate_sweep, name)))
+    for steps, wanted in ((1, both), (2, [])):
+        assert run(model, "--data", folder, "--features", "classifier", "--solvers", "gm-ode1", "--steps", steps,
+                   "--out", out) == 0
+        assert done == wanted
+        done.clear()
+    (out / CLASSIFIER).write_bytes(b"half")
+    assert run(model, "--data", folder, "--features", "classifier", "--solvers", "gm-ode1", "--steps", 3, "--out",
+               out) == 0
+    assert done == both and len(rows(out)) == 3
 
 
 def tiny_vae(path, **options):

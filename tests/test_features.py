@@ -3,9 +3,19 @@
 import pytest
 import torch
 from packages import importable
+from safetensors.torch import load_file, save_file
 
 from train.data.digits import INKS, Digits
-from train.evaluate.features import DigitsNet, digits_features, inception, of_pixels, train_classifier, train_digits_net
+from train.evaluate.features import (
+    DigitsNet,
+    digits_features,
+    inception,
+    load_classifier,
+    of_pixels,
+    save_classifier,
+    train_classifier,
+    train_digits_net,
+)
 from train.evaluate.image_metrics import frechet_distance, moments, quantise
 
 CPU = torch.device("cpu")
@@ -125,6 +135,21 @@ def test_the_classifiers_features_see_shape_and_colour(classifier):
     green[:, 0] = 0
     turned = shapes.images[1::2][shapes.labels[1::2] != 2]  # without the plain ones
     assert min(frechet_distance(real, moments(features(x))) for x in (green, turned)) > 5 * floor
+
+
+def test_a_classifier_comes_back_from_its_file(classifier, tmp_path):
+    path, images = tmp_path / "classifier.safetensors", Shapes().images
+    assert load_classifier(path, "shapes") is None
+    save_classifier(path, classifier, "shapes")
+    again = load_classifier(path, "shapes")
+    assert (again.held_out, again.classes) == (classifier.held_out, 3)
+    assert torch.equal(of_pixels(again.net)(images), of_pixels(classifier.net)(images))
+    assert torch.equal(again.read(images), classifier.read(images))
+    assert load_classifier(path, "other images") is None
+    tensors = load_file(path)
+    tensors.pop("heads.bias")
+    save_file(tensors, path, {"kind": "shapes", "classes": "3", "size": "13", "held_out": "1.0"})
+    assert load_classifier(path, "shapes") is None
 
 
 def test_a_classifier_needs_classes():

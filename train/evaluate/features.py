@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from gmflow_core.files import write_safetensors
 
 from ..data.digits import INKS, Digits
 from ..data.images import to_unit
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 Features = Callable[[Tensor], Tensor]
 
 STEPS, BATCH = 600, 128  # the classifiers' recipe
+FIELDS = 27              # a picture's mean colours in 3 x 3 fields
 
 
 def inception(weights: str | Path | None, device: torch.device) -> Features:
@@ -60,6 +65,7 @@ class PictureNet(nn.Module):
 
     def __init__(self, size: int, outputs: int):
         super().__init__()
+        self.size = size
         conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, padding=1), nn.SiLU())  # noqa: E731
         self.trunk = nn.Sequential(conv(3, 16, 1), conv(16, 32, 2), conv(32, 64, 2), conv(64, 64, 1))
         self.features = nn.Linear(64 * (-(-size // 4)) ** 2, 64)
@@ -168,15 +174,39 @@ def train_classifier(images: Images, seed: int = 0) -> Classifier:
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         held, known = torch.randperm(len(images), generator=generator).tensor_split([len(images) // 10])
-        net = PictureNet(images.pixels(known[:1]).shape[-1], classes + 27)
+        net = PictureNet(images.pixels(known[:1]).shape[-1], classes + FIELDS)
 
         def loss() -> Tensor:
             index = known[torch.randint(len(known), (BATCH,), generator=generator)]
             pixels = shifted(images.pixels(index), generator)
-            logits, fields = net(pixels).split([classes, 27], dim=1)
+            logits, fields = net(pixels).split([classes, FIELDS], dim=1)
             wanted = F.adaptive_avg_pool2d(to_unit(pixels), 3).flatten(1)
             return F.cross_entropy(logits, images.labels[index]) + F.mse_loss(fields, wanted)
 
         fit(net, loss, STEPS)
     read = torch.cat([Classifier(net, classes, 0.0).read(images.pixels(part)) for part in held.split(512)])
     return Classifier(net, classes, (read == images.labels[held]).double().mean().item())
+
+
+def save_classifier(path: Path, classifier: Classifier, kind: str) -> None:
+    """``kind`` says what it learnt from."""
+    facts = {"kind": kind, "classes": str(classifier.classes), "size": str(classifier.net.size),
+             "held_out": repr(classifier.held_out)}
+    write_safetensors(path, dict(classifier.net.state_dict()), facts)
+
+
+def load_classifier(path: Path, kind: str) -> Classifier | None:
+    """A saved classifier; None if it is not there, damaged, or of other images."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+        if facts.get("kind") != kind:
+            return None
+        classes = int(facts["classes"])
+        net = PictureNet(int(facts["size"]), classes + FIELDS)
+        net.load_state_dict(load_file(path))
+        return Classifier(net.eval().requires_grad_(False), classes, float(facts["held_out"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):  # the last of load_state_dict
+        return None

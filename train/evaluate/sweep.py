@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,16 @@ from ..data.digits import Digits
 from ..runlog import short
 from ..team import Team
 from .digits_metrics import digit_metrics, train_svm
-from .features import Features, inception, of_pixels, train_classifier, train_digits_net
+from .features import (
+    Classifier,
+    Features,
+    inception,
+    load_classifier,
+    of_pixels,
+    save_classifier,
+    train_classifier,
+    train_digits_net,
+)
 from .figures import MANY
 from .image_metrics import mottling
 from .reference import (
@@ -34,7 +44,7 @@ from .rows import Judge, Samples, draw, figures, file_name, labels_of, save_pict
 from .settings import BASELINES, GM_SOLVERS, SOLVERS, Setting
 from .subject import Subject, classes_in_data, likelihood, open_subject
 
-REFERENCE = "reference.safetensors"
+REFERENCE, CLASSIFIER = "reference.safetensors", "classifier.safetensors"
 
 
 # ---- what was asked for ------------------------------------------------------------------------
@@ -92,20 +102,31 @@ def opened(args: argparse.Namespace, device: torch.device) -> tuple[list[Subject
     return subjects, images
 
 
-def judges(network: str, images: Images, weights: str | None, team: Team) -> tuple[Features, Judge | None, dict]:
-    """The feature network that was asked for, what it or another judges samples by, and what the results say of it.
+@dataclass(frozen=True)
+class Judges:
+    """What samples are judged by, and what the results say of it."""
+
+    features: Features
+    judge: Judge | None = None
+    about: dict = field(default_factory=dict)
+    learnt: Classifier | None = None  # just now, so that nothing that was kept is of its features
+
+
+def judges(args: argparse.Namespace, network: str, images: Images, kind: str, team: Team) -> Judges:
+    """The feature network that was asked for and what it or another judges samples by.
 
     A network that has to learn first does so in the first of the team: elsewhere it might learn a little otherwise.
     """
     if isinstance(images, DigitImages):
         net = team.share(train_digits_net, images.data)
-        return of_pixels(net), partial(digit_metrics, svm=train_svm(Digits.load())), {}
+        return Judges(of_pixels(net), partial(digit_metrics, svm=train_svm(Digits.load())))
     if network == "inception":
-        return team.together(inception, weights, team.device), None, {}
-    classifier = team.share(train_classifier, images)
+        return Judges(team.together(inception, args.inception, team.device))
+    kept = team.share(load_classifier, args.out / CLASSIFIER, kind)
+    classifier = kept or team.share(train_classifier, images)
     say(f"the classifier reads {classifier.held_out:.2%} of the held-out tenth of {images.name}")
     about = {"held_out": short(classifier.held_out), "real_mottling": team.share(real_mottling, images)}
-    return of_pixels(classifier.net), classifier.judge, {"classifier": about}
+    return Judges(of_pixels(classifier.net), classifier.judge, {"classifier": about}, None if kept else classifier)
 
 
 def real_mottling(images: Images) -> float:
@@ -132,22 +153,24 @@ def sweep(args: argparse.Namespace, team: Team) -> dict | None:
     network = args.features or ("digits" if args.data == "digits" else "inception")
     weights = file_digest(Path(args.inception)) if network == "inception" and args.inception else ""
     kind = f"{network} {weights} {images.content} {len(images)} {args.real_samples} {subjects[0].image_size}"
-    features, judge, about = judges(network, images, args.inception, team)
-    reference = team.at_first(load_reference, args.out / REFERENCE, kind)
+    by = judges(args, network, images, kind, team)
+    reference = None if by.learnt else team.at_first(load_reference, args.out / REFERENCE, kind)
     known = team.share(lambda: reference is not None)
     if not known:
-        reference = measure_reference(images, features, args.real_samples, team=team)
-    results = team.at_first(begun, args, reference, kind, about)
+        reference = measure_reference(images, by.features, args.real_samples, team=team)
+    results = team.at_first(begun, args, reference, kind, by.about)
     if not known:
         team.at_first(save_reference, args.out / REFERENCE, reference, kind)
+    if by.learnt:  # after the reference: an older one must not be taken for one of these features
+        team.at_first(save_classifier, args.out / CLASSIFIER, by.learnt, kind)
     team.at_first(say_few, args.samples, reference, images.known is not None)
     for subject in subjects:
-        classes = team.together(classes_of, subject, images, judge)
-        measure = partial(figures, subject, reference=reference, judge=judge, classes=classes, device=team.device)
+        classes = team.together(classes_of, subject, images, by.judge)
+        measure = partial(figures, subject, reference=reference, judge=by.judge, classes=classes, device=team.device)
         for setting in tqdm(team.share(left, results, subject, images, args), desc=subject.name, unit="row",
                             disable=not team.first):
-            keep = args.samples if judge is not None else args.shown
-            samples = draw(team, subject, setting, features, keep, args.npz, args)
+            keep = args.samples if by.judge is not None else args.shown
+            samples = draw(team, subject, setting, by.features, keep, args.npz, args)
             team.at_first(add_row, results, args, subject, setting, samples, measure)
     team.at_first(lambda: results.write())
     return results and results.content
