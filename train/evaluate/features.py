@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .reference import Images
 
 Features = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 STEPS, BATCH = 600, 128  # the classifiers' recipe
 FIELDS = 27              # a picture's mean colours in 3 x 3 fields
@@ -197,16 +198,23 @@ def save_classifier(path: Path, classifier: Classifier, kind: str) -> None:
 
 def load_classifier(path: Path, kind: str) -> Classifier | None:
     """A saved classifier; None if it is not there, damaged, or of other images."""
+    return load_kept(path, kind, classifier_of)
+
+
+def classifier_of(facts: dict[str, str], tensors: dict[str, Tensor]) -> Classifier:
+    classes = int(facts["classes"])
+    net = PictureNet(int(facts["size"]), classes + FIELDS)
+    net.load_state_dict(tensors)
+    return Classifier(net.eval().requires_grad_(False), classes, float(facts["held_out"]))
+
+
+def load_kept(path: Path, kind: str, make: Callable[[dict[str, str], dict[str, Tensor]], T]) -> T | None:
+    """What ``make`` reads from a file's facts and tensors; None if it is not there, damaged, or of another kind."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
-        if facts.get("kind") != kind:
-            return None
-        classes = int(facts["classes"])
-        net = PictureNet(int(facts["size"]), classes + FIELDS)
-        net.load_state_dict(load_file(path))
-        return Classifier(net.eval().requires_grad_(False), classes, float(facts["held_out"]))
+        return make(facts, load_file(path)) if facts.get("kind") == kind else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):  # the last of load_state_dict
         return None

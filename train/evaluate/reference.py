@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gmflow_core.files import file_size, write_safetensors
@@ -16,7 +14,7 @@ from gmflow_core.files import file_size, write_safetensors
 from ..data.digits import INKS, Digits
 from ..data.images import ImageFolder, find_images, fingerprint
 from ..team import Team
-from .features import Features
+from .features import Features, load_kept
 from .image_metrics import moments, quantise, saturation
 from .neighbours import CPU, neighbour_radius
 
@@ -178,13 +176,5 @@ def save_reference(path: Path, reference: Reference, kind: str) -> None:
 
 def load_reference(path: Path, kind: str) -> Reference | None:
     """A saved reference; None if it is not there, damaged, or of other features."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-        if facts.get("kind") != kind:
-            return None
-        return Reference(facts["name"], int(facts["count"]), saturation=float(facts["saturation"]), **load_file(path))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
+    return load_kept(path, kind, lambda facts, tensors: Reference(
+        facts["name"], int(facts["count"]), saturation=float(facts["saturation"]), **tensors))
