@@ -17,7 +17,7 @@ from .solver import Inpaint, NoiseSampler, SecondOrder, Spectrum, StepInfo, samp
 SOLVERS = {"gm-ode": "GM-ODE", "gm-sde": "GM-SDE"}  # name -> title
 # What command line and nodes choose, by the measurements in docs/overshoot.md;
 # the functions' own default is "published".
-SECOND_ORDER_TILT, GUIDANCE_TILT = "limited", "published"
+SECOND_ORDER_TILT = GUIDANCE_TILT = "limited"
 RECIPES = ("gmflow", "piflow")                      # what a substeps or temperature of 0 stands for
 
 

@@ -23,6 +23,7 @@ from gmflow_core import (
     sample_gm_sde,
     save_checkpoint,
 )
+from gmflow_core.guidance import TILTS
 from gmflow_core.model import LatentSpace
 from gmflow_core.noise import ImageNoise
 from train.evaluate import rows as evaluate_rows, sweep as evaluate_sweep
@@ -82,25 +83,29 @@ def rows(out) -> list[dict]:
 # ---- sampling ----------------------------------------------------------------------------------
 
 def test_settings_are_the_cores_own_solvers(files):
-    """Each solver of a setting is a call of the core with the same noise."""
+    """Each solver of a setting is a call of the core with the same noise; both tilts are limited by default."""
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(4)
     noise = ImageNoise(3, range(4), (3, 16, 16), CPU)
     x = noise()
+
+    def images(solver, **options):
+        return sample_images(checkpoint, Setting(solver, 3, 0.4, **options), labels, 3)
+
     with torch.no_grad():
-        denoiser = GMDenoiser(checkpoint.model, labels, 0.4)
-        want = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43)
-        assert torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="published"), labels, 3), want)
-        limited = sample_gm_ode(denoiser, x, flow_sigmas(3), substeps=43, second_order=SecondOrder(tilt="limited"))
-        assert torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, tilt="limited"), labels, 3), limited)
-        assert not torch.equal(sample_images(checkpoint, Setting("gm-ode2", 3, 0.4, substeps=1), labels, 3), want)
-        want = sample_gm_sde(denoiser, x, flow_sigmas(3), order=1, spectrum=checkpoint.spectrum, noise_sampler=noise)
-        assert torch.equal(sample_images(checkpoint, Setting("gm-sde1", 3, 0.4), labels, 3), want)
-        assert not torch.equal(sample_images(checkpoint, Setting("gm-sde1", 3, 0.4, spectral=False), labels, 3), want)
+        published, limited = (GMDenoiser(checkpoint.model, labels, 0.4, tilt=tilt) for tilt in TILTS)
+        want = sample_gm_ode(published, x, flow_sigmas(3), substeps=43)
+        assert torch.equal(images("gm-ode2", tilt="published", guidance_tilt="published"), want)
+        want = sample_gm_ode(limited, x, flow_sigmas(3), substeps=43, second_order=SecondOrder(tilt="limited"))
+        assert torch.equal(images("gm-ode2"), want)
+        assert not torch.equal(images("gm-ode2", substeps=1), want)
+        want = sample_gm_sde(limited, x, flow_sigmas(3), order=1, spectrum=checkpoint.spectrum, noise_sampler=noise)
+        assert torch.equal(images("gm-sde1"), want)
+        assert not torch.equal(images("gm-sde1", spectral=False), want)
 
 
 @pytest.mark.parametrize("change", [
     dict(orthogonal=0.0), dict(reanchored=False), dict(corrections=1), dict(substeps=1), dict(tilt="published"),
-    dict(guidance_tilt="limited"), dict(method="cfg", guidance=2.0),
+    dict(guidance_tilt="published"), dict(method="cfg", guidance=2.0),
 ])
 def test_every_switch_changes_the_samples(files, change):
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(3)
@@ -118,6 +123,17 @@ def test_every_solver_reads_the_guided_posterior(files, solver):
         out = [solve(Setting(solver, 3, w), GMDenoiser(checkpoint.model, labels, w), x,
                      generator=torch.Generator().manual_seed(0)) for w in (0, 0, 0.4)]
     assert out[0].isfinite().all() and torch.equal(out[0], out[1]) and not torch.allclose(out[0], out[2], atol=1e-4)
+
+
+def test_a_tilt_of_what_is_not_done_makes_no_other_row():
+    """A row of another default is the same row where nothing is tilted."""
+    both = {"tilt", "guidance_tilt"}
+    for solver, guidance, same in (("gm-ode1", 0.0, both), ("gm-ode2", 0.0, {"guidance_tilt"}), ("euler", 0.0, both),
+                                   ("gm-ode1", 0.4, {"tilt"}), ("gm-sde2", 0.4, set())):
+        setting = Setting(solver, 3, guidance)
+        for name in ("tilt", "guidance_tilt"):
+            other = setting.to_dict() | {name: "published"}
+            assert (setting.wanted().items() <= other.items()) == (name in same)
 
 
 def test_impossible_settings():
@@ -271,8 +287,9 @@ def test_what_suits_a_checkpoint(files):
     found = settings(gm, parse(["x", "--data", "digits", "--solvers", "gm-ode1", "--steps", "4", "--guidance", "0.3",
                                 "--ablations"]))
     assert [s.title for s in found] == ["GM-ODE 1", "GM-SDE 2", "GM-SDE 2, white noise", "SDE-DPM++ 2M", "GM-ODE 2",
-                                        "GM-ODE 2, 1 substep", "GM-ODE 2, no re-anchoring", "GM-ODE 2, published tilt",
-                                        "GM-SDE 2, published tilt", "GM-ODE 2, no projection"]
+                                        "GM-ODE 2, 1 substep", "GM-ODE 2, no re-anchoring",
+                                        "GM-ODE 2, published tilt, published guidance",
+                                        "GM-SDE 2, published tilt, published guidance", "GM-ODE 2, no projection"]
 
 
 def test_a_folder_of_images_and_inception(tmp_path, quick, monkeypatch):

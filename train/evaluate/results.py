@@ -35,7 +35,7 @@ class Results:
 
     def row(self, subject: Subject, setting: Setting) -> dict | None:
         """The row of a setting, if it is there."""
-        wanted = {"digest": subject.digest, **setting.to_dict()}
+        wanted = {"digest": subject.digest, **setting.wanted()}
         return next((row for row in self.content["rows"] if wanted.items() <= row.items()), None)
 
     def about(self, subject: Subject, nll: Callable[[], dict | None]) -> None:

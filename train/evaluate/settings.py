@@ -53,12 +53,16 @@ class Setting:
         return self.guidance > (1 if self.method == "cfg" else 0)
 
     @property
+    def second_order(self) -> bool:
+        return self.solver in ("gm-ode2", "gm-sde2")
+
+    @property
     def title(self) -> str:
         """The solver and what is unusual about it."""
         counts = (self.corrections, "correction"), (self.substeps, "substep")
         notes = [f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count]
         notes += ["white noise"] * (not self.spectral) + ["no re-anchoring"] * (not self.reanchored)
-        notes += [f"{self.tilt} tilt"] * (self.solver in ("gm-ode2", "gm-sde2") and self.tilt != SECOND_ORDER_TILT)
+        notes += [f"{self.tilt} tilt"] * (self.second_order and self.tilt != SECOND_ORDER_TILT)
         notes += [f"{self.guidance_tilt} guidance"] * (self.guided and self.guidance_tilt != GUIDANCE_TILT)
         notes += ["no projection"] * (self.orthogonal == 0)
         notes += [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
@@ -76,6 +80,11 @@ class Setting:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def wanted(self) -> dict:
+        """What a row of these samples has to say: nothing of a tilt where nothing is tilted."""
+        done = {"tilt": self.second_order, "guidance_tilt": self.guided}
+        return {name: value for name, value in asdict(self).items() if done.get(name, True)}
 
 
 def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None,

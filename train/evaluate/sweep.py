@@ -75,7 +75,7 @@ def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
                   Setting("sde-dpm++2m", n, w, method)]
         found += [Setting("gm-ode2", n, w, method), Setting("gm-ode2", n, w, method, substeps=1)]
         found += [Setting("gm-ode2", n, w, method, reanchored=False)]
-        found += [Setting(s, n, w, method, tilt="published") for s in ("gm-ode2", "gm-sde2")]
+        found += [Setting(s, n, w, method, tilt="published", guidance_tilt="published") for s in ("gm-ode2", "gm-sde2")]
         if w and method == "probabilistic":
             found += [Setting("gm-ode2", n, w, method, orthogonal=0.0)]
     return found
