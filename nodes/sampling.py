@@ -36,8 +36,8 @@ NEGATIVE = ("What to be guided away from. Left open: the null label, as trained;
             "and are not guided then.")
 TILT = ("Second order: published moves the pixels that are most undecided several times further than asked; limited "
         "moves none further, which paints better from a few steps on.")
-GUIDANCE_TILT_TIP = ("How guidance tilts the mixture: published, which its scale is made for, or limited, which moves "
-                     "no pixel further than asked and bears larger scales.")
+GUIDANCE_TILT_TIP = ("How guidance tilts the mixture: limited moves no pixel further than asked. Published moves "
+                     "undecided ones several times further, at the cost of variety; published scales are tuned to it.")
 TRACE = ("What the mixture believed at every step, for GMFlow Inspector. Recorded only if something asks for it: of "
          "the first four images, in main memory, up to 6 K (C + 1) H W bytes an image and step (the digits 0.2 MB a "
          "step, 64 x 64 x 4 with K 8 4 MB).")
