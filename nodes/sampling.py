@@ -38,6 +38,8 @@ TILT = ("Second order: published moves the pixels that are most undecided severa
         "moves none further, which paints better from a few steps on.")
 GUIDANCE_TILT_TIP = ("How guidance tilts the mixture: limited moves no pixel further than asked. Published moves "
                      "undecided ones several times further, at the cost of variety; published scales are tuned to it.")
+BOTH_TILTS_TIP = ("How second order and guidance tilt the mixture: limited moves no pixel further than asked; "
+                  "published moves undecided ones several times further, at the cost of variety.")
 TRACE = ("What the mixture believed at every step, for GMFlow Inspector. Recorded only if something asks for it: of "
          "the first four images, in main memory, up to 6 K (C + 1) H W bytes an image and step (the digits 0.2 MB a "
          "step, 64 x 64 x 4 with K 8 4 MB).")
@@ -246,7 +248,7 @@ class GMFlowKSampler(io.ComfyNode):
                 shift_input(),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
                 final_step_input(),
-                tilt_input(SECOND_ORDER_TILT, TILT),
+                tilt_input(SECOND_ORDER_TILT, BOTH_TILTS_TIP),
             ],
             [io.Latent.Output(display_name="latent", tooltip="The images, to decode."),
              GMTrace.Output(display_name="trace", tooltip=TRACE)],
@@ -258,7 +260,7 @@ class GMFlowKSampler(io.ComfyNode):
     def execute(cls, model, positive, latent_image, seed, steps, solver, guidance, substeps, denoise, order,
                 orthogonal, shift, negative=None, final_step=0.0, tilt=SECOND_ORDER_TILT) -> io.NodeOutput:
         sigmas = sigmas_of(model, steps, shift, denoise, final_step)
-        guider = host_sampling.make_guider(model, positive, negative, Guidance(guidance, orthogonal))
+        guider = host_sampling.make_guider(model, positive, negative, Guidance(guidance, orthogonal, tilt=tilt))
         sampler = host_sampling.make_sampler(SamplerOptions(
             solver_named(solver), order, substeps, second_order=SecondOrder(tilt=tilt), temperature=0.0, shift=shift
         ))
