@@ -173,7 +173,7 @@ def parity(nodes: dict) -> dict[str, float]:
         for order, guidance in ((1, 0.0), (1, 0.45), (2, 0.0), (2, 0.45)):
             hosted = painter.gm(order=order, guidance=guidance, steps=8, seed=5)
             x = torch.randn(hosted.shape, generator=torch.manual_seed(5))
-            denoiser = gmflow.GMDenoiser(Plain(painter.model.model.diffusion_model), labels, guidance)
+            denoiser = gmflow.GMDenoiser(Plain(painter.model.model.diffusion_model), labels, guidance, tilt="limited")
             direct = gmflow.sample_gm_ode(denoiser, x, gmflow.flow_sigmas(8), order=order, substeps=16,
                                           second_order=gmflow.SecondOrder(tilt="limited"))
             found[f"order {order}, guidance {guidance}"] = (hosted - direct).abs().max().item()

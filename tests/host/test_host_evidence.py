@@ -293,7 +293,7 @@ def test_our_guider_brings_evidence_to_core_samplers(digits, painted, checkpoint
     g = digits(batch=2, labels="2")
     guider = g.add("GMFlowGuider", model=hinted(g, painted(MAGENTA)), positive=g.positive, guidance=0.3)
     found = g.latents(g.custom(g.add("KSamplerSelect", sampler_name="euler"), guider, steps=3))
-    denoiser = GMDenoiser(checkpoint.model, torch.tensor([2, 2]), 0.3,
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([2, 2]), 0.3, tilt="limited",
                           evidence=hint(*mask_and_picture(MAGENTA), "colour", 0.05))
     x, grid = core_noise(2, 0), flow_sigmas(3).tolist()
     with torch.no_grad():

@@ -7,7 +7,7 @@ from test_host_basics import BUNDLED
 
 from gmflow_core import GMDenoiser, SecondOrder, flow_sigmas, load_checkpoint, sample_gm_ode, sample_gm_sde
 from gmflow_core.noise import ImageNoise
-from gmflow_core.sampler import SECOND_ORDER_TILT
+from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
 from gmflow_core.schedule import default_substeps
 
 NODES = SecondOrder(tilt=SECOND_ORDER_TILT)  # the nodes' default
@@ -29,7 +29,7 @@ def core_noise(batch: int, seed: int) -> torch.Tensor:
 def test_gm_ode_is_the_core_package_s(digits, checkpoint, guidance, order):
     g = digits(batch=4, labels="0,3,7,9")
     found = g.latents(g.gm(guidance=guidance, order=order, steps=6, seed=11))
-    denoiser = GMDenoiser(checkpoint.model, torch.tensor([0, 3, 7, 9]), guidance)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([0, 3, 7, 9]), guidance, tilt=GUIDANCE_TILT)
     with torch.no_grad():
         expected = sample_gm_ode(denoiser, core_noise(4, 11), flow_sigmas(6), order=order, substeps=default_substeps(6),
                                  second_order=NODES)
@@ -40,12 +40,22 @@ def test_gm_ode_is_the_core_package_s(digits, checkpoint, guidance, order):
 def test_gm_sde_is_the_core_package_s(digits, checkpoint, guidance):
     g = digits(batch=2, labels="3,7")
     found = g.latents(g.gm(guidance=guidance, solver="GM-SDE", steps=4, seed=11))
-    denoiser = GMDenoiser(checkpoint.model, torch.tensor([3, 7]), guidance)
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([3, 7]), guidance, tilt=GUIDANCE_TILT)
     with torch.no_grad():
         expected = sample_gm_sde(
             denoiser, core_noise(2, 11), flow_sigmas(4), spectrum=checkpoint.spectrum,
             noise_sampler=ImageNoise(11, range(2), (3, 16, 16), torch.device("cpu")), second_order=NODES,
         )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_published_tilt_of_the_simple_node_is_of_order_and_guidance(digits, checkpoint, order):
+    g = digits(batch=2, labels="3,7")
+    found = g.latents(g.gm(guidance=0.45, order=order, steps=4, seed=11, tilt="published"))
+    denoiser = GMDenoiser(checkpoint.model, torch.tensor([3, 7]), 0.45)
+    with torch.no_grad():
+        expected = sample_gm_ode(denoiser, core_noise(2, 11), flow_sigmas(4), order=order, substeps=default_substeps(4))
     assert_same(found, expected)
 
 
@@ -55,8 +65,8 @@ def test_shift_and_denoise_are_the_core_package_s(digits, checkpoint):
     sigmas = flow_sigmas(3, 2.5, 0.6)
     with torch.no_grad():  # from an empty image, which is all zeros
         expected = sample_gm_ode(
-            GMDenoiser(checkpoint.model, torch.tensor([5, 5]), 0.3, 0.4), core_noise(2, 4) * sigmas[0], sigmas,
-            substeps=5, shift=2.5, second_order=NODES
+            GMDenoiser(checkpoint.model, torch.tensor([5, 5]), 0.3, 0.4, tilt=GUIDANCE_TILT),
+            core_noise(2, 4) * sigmas[0], sigmas, substeps=5, shift=2.5, second_order=NODES,
         )
     assert_same(found, expected)
 
