@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -14,8 +15,8 @@ from .files import write_picture
 from .inspection.beliefs import effective_components, hypotheses, mean_weights, weight_entropy
 from .mixture import GaussianMixture
 from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet
-from .sampler import SOLVERS, SamplerOptions
-from .solver import StepInfo
+from .sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
+from .solver import SecondOrder, StepInfo
 
 STEPS = (1, 2, 4, 8)
 GUIDANCE = (0.0, 0.4, 0.7)
@@ -48,15 +49,20 @@ def kinds(checkpoint: Checkpoint) -> tuple[str, ...]:
     return checkpoint.class_names or ()
 
 
+def paint(checkpoint: Checkpoint, labels: list[int], seed: int, solver: str = "gm-ode", steps: int = 8,
+          guidance: float = 0.4, callback: Callable[[StepInfo], None] | None = None) -> Tensor:
+    """Images of the labels, as the command line's defaults paint them."""
+    options = SamplerOptions(solver, second_order=SecondOrder(tilt=SECOND_ORDER_TILT))
+    return sample_images(checkpoint, labels, options, steps=steps, guidance=guidance, guidance_tilt=GUIDANCE_TILT,
+                         seed=seed, callback=callback)
+
+
 def draw_solvers(checkpoint: Checkpoint, seed: int):
     """GM-ODE 2 and GM-SDE 2 at 1, 2, 4 and 8 network steps: one picture of every class, twice."""
     labels = list(range(len(kinds(checkpoint))))
     cells = []
     for steps in STEPS:
-        row = [
-            sample_images(checkpoint, labels, SamplerOptions(solver), steps=steps, guidance=0.4, seed=seed)
-            for solver in SOLVERS
-        ]
+        row = [paint(checkpoint, labels, seed, solver, steps) for solver in SOLVERS]
         cells.append([image_grid(images, COLUMNS, scale=2) for images in row])
     titles = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
     return sheet(cells, titles, [SamplerOptions(solver).title for solver in SOLVERS],
@@ -66,7 +72,7 @@ def draw_solvers(checkpoint: Checkpoint, seed: int):
 def draw_guidance(checkpoint: Checkpoint, seed: int):
     """Probabilistic guidance at three scales, from the same noise."""
     labels = [kind for kind in range(len(kinds(checkpoint))) for _ in range(3)]
-    rows = [sample_images(checkpoint, labels, steps=8, guidance=w, seed=seed) for w in GUIDANCE]
+    rows = [paint(checkpoint, labels, seed, guidance=w) for w in GUIDANCE]
     cells = [[image_grid(_by_column(images, 3), len(labels) // 3, scale=2)] for images in rows]
     titles = [f"guidance {w:g}" for w in GUIDANCE]
     return sheet(cells, titles, [], "Probabilistic guidance",
@@ -82,7 +88,7 @@ def draw_beliefs(checkpoint: Checkpoint, seed: int):
     """The mixture of the first steps of one image: x_t, its mean, its hypotheses, its entropy."""
     steps: list[StepInfo] = []
     subject = kinds(checkpoint).index(SUBJECT)
-    sample_images(checkpoint, [subject], steps=8, guidance=0.4, seed=seed, callback=steps.append)
+    paint(checkpoint, [subject], seed, callback=steps.append)
     bits = math.log2(checkpoint.config.num_gaussians)
     cells, titles = [], []
     for step in steps[:6]:
