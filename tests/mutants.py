@@ -30,7 +30,7 @@ MUTANTS = (
      "gain = 1 / max(", "gain = 2 / max(",
      "tests/test_views.py::test_the_difference_by_guidance_fills_its_scale_and_no_more"),
     ("demo's sweep ignores guidance", "gmflow_core/demo.py",
-     "steps=8, guidance=w, seed=seed", "steps=8, guidance=0.3, seed=seed",
+     "seed, guidance=w)", "seed)",
      "tests/test_cli.py::test_the_demo_s_rows_are_guided_as_their_titles_say"),
     ("ema without a warm-up", "train/step.py",
      "    decay = min(decay, (1 + step) / (10 + step))\n", "",

@@ -31,6 +31,7 @@ from gmflow_core.inspection.charts import PALETTE
 from gmflow_core.labels import LabelError, parse_labels
 from gmflow_core.model import LatentSpace
 from gmflow_core.noise import ImageNoise
+from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
 
 
 @pytest.fixture(scope="module")
@@ -303,9 +304,17 @@ def test_the_solver_that_is_asked_for_paints(checkpoint, tmp_path, capsys, solve
 
 def test_the_demo_s_rows_are_guided_as_their_titles_say(monkeypatch):
     """Samples that are as bright as they are guided: each row of the sheet shows its own scale."""
-    monkeypatch.setattr(demo, "sample_images", lambda checkpoint, labels, guidance=0.3, **options: torch.full(
+    monkeypatch.setattr(demo, "sample_images", lambda checkpoint, labels, options, guidance=0.3, **more: torch.full(
         (len(labels), 3, 24, 24), guidance))
     monkeypatch.setattr(demo, "sheet", lambda cells, titles, *rest: list(zip(cells, titles, strict=True)))
     for (picture,), title in demo.draw_guidance(SimpleNamespace(class_names=("cat", "dog")), 0):
         scale = float(title.removeprefix("guidance "))
         assert picture.crop((4, 4, 8, 8)).getextrema()[0][0] == pytest.approx(127.5 * (scale + 1), abs=1)
+
+
+def test_the_demo_paints_as_the_command_line_does(monkeypatch):
+    found = []
+    monkeypatch.setattr(demo, "sample_images", lambda checkpoint, labels, options, **more: found.append(
+        (options.second_order.tilt, more["guidance_tilt"])) or torch.zeros(len(labels), 3, 24, 24))
+    demo.draw_solvers(SimpleNamespace(class_names=("cat", "dog")), 0)
+    assert set(found) == {(SECOND_ORDER_TILT, GUIDANCE_TILT)}
