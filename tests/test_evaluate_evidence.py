@@ -106,6 +106,26 @@ def test_the_command_prints_the_total_variations(tmp_path, capsys):
     assert first in capsys.readouterr().out
 
 
+def test_rows_are_of_one_tilt_of_guidance(tmp_path, monkeypatch):
+    """Published and limited guidance make rows and pictures of their own; a row that does not say is published."""
+    monkeypatch.setattr("train.evaluate.features.STEPS", 2)
+    path = tmp_path / "evidence.json"
+
+    def run(tilt):
+        words = f"--evidence grey --methods tilt --steps 2 --samples 20 --guidance 0 0.6 --guidance-tilt {tilt} --out"
+        assert main([str(ROOT / "models/gmdit_digits.safetensors"), *words.split(), str(tmp_path)]) == 0
+        return json.loads(path.read_text())
+
+    free, published = run("published")
+    path.write_text(json.dumps([free, {k: v for k, v in published.items() if k != "guidance_tilt"}]))
+    assert len(run("published")) == 2
+    _, _, limited = run("limited")
+    assert limited["guidance_tilt"] == "limited" and limited["rmse"] != published["rmse"]
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert [line.split(" | ")[3] for line in (tmp_path / "evidence.md").read_text().splitlines()[2:]] == [
+        "0", "0.6 published", "0.6"]
+
+
 def test_a_choice_is_the_inspectors_hypothesis(rng):
     """Every image is asked for in the colour of its own; those without colour are left out."""
     model = load_checkpoint(ROOT / "models/gmdit_digits.safetensors").model.requires_grad_(False)

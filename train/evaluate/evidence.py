@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from gmflow_core.files import write_atomically
+from gmflow_core.guidance import TILTS
 from gmflow_core.hints import hint, in_colour
 from gmflow_core.inspection.statistics import chosen_hypothesis
 from gmflow_core.inspection.trace import Recorder
 from gmflow_core.pictures import image_grid
+from gmflow_core.sampler import GUIDANCE_TILT
 
 from ..console import say
 from ..data.digits import Digits
@@ -38,6 +40,7 @@ from .reference import DigitImages, measure_reference
 from .subject import open_subject
 
 RESULTS = "evidence.json"
+OLDER = {"guidance_tilt": "published"}  # what rows of before there was a choice do not say
 CHOOSE = "choose"  # a hypothesis of the inspector's, and its colour asked for
 EXACT = "exact"    # a prior that is known exactly
 SHOWN, HYPOTHESES = 10, 8
@@ -74,7 +77,8 @@ def run_task(name: str, method: str, model, truth: Truth, noise: Tensor, args, g
     for i, part in enumerate(torch.arange(len(noise)).split(args.batch)):
         clean = truth.images[part]
         task = TASKS[name](clean, torch.Generator().manual_seed((args.seed << 20) + i))
-        x = METHODS[method](Problem(model, task, clean, truth.labels[part], noise[part], args.steps, guidance))
+        x = METHODS[method](Problem(model, task, clean, truth.labels[part], noise[part], args.steps, guidance,
+                                    args.guidance_tilt))
         misfit, error = (task.observe(x) - task.observe(clean)).square(), (x - clean).square()
         seen = misfit.numel() * (task.seen.mean() if bool(task.seen.any()) else 1.0)
         sums += torch.stack([misfit.sum(), torch.as_tensor(seen), (error * (1 - task.seen)).sum(),
@@ -95,7 +99,8 @@ def run_choice(method: str, model, truth: Truth, noise: Tensor, args, guidance: 
     eighth in turn; those without colour are left out: ``asked`` is how many have one."""
     images, labels, hits = [], [], []
     for part in torch.arange(len(noise)).split(args.batch):
-        problem = Problem(model, None, noise[part], truth.labels[part], noise[part], args.steps, guidance)
+        problem = Problem(model, None, noise[part], truth.labels[part], noise[part], args.steps, guidance,
+                          args.guidance_tilt)
         rows, colours = choices(problem, part.tolist(), args.choose_std)
         pictures = colours[:, :, None, None].expand(-1, -1, *noise.shape[2:])
         evidence = hint(pictures, torch.ones_like(pictures[:, :1]), "hue", args.choose_std)
@@ -155,7 +160,7 @@ class Rows:
         self.rows: list[dict] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def hold(self, facts: dict) -> bool:
-        return any(facts.items() <= row.items() for row in self.rows)
+        return any(facts.items() <= (OLDER | row).items() for row in self.rows)
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
@@ -177,6 +182,7 @@ def sweep_digits(tasks: list[str], rows: Rows, args: argparse.Namespace) -> None
     for guidance, task, method in itertools.product(args.guidance, tasks, args.methods):
         facts = {"digest": subject.digest, "task": task, "method": method, "steps": args.steps,
                  "guidance": guidance, "samples": args.samples, "seed": args.seed}
+        facts |= {"guidance_tilt": args.guidance_tilt} if guidance else {}
         if rows.hold(facts) or (task == CHOOSE and method not in ("none", "tilt", "tilt + echo")):
             continue
         start = time.perf_counter()
@@ -188,9 +194,15 @@ def sweep_digits(tasks: list[str], rows: Rows, args: argparse.Namespace) -> None
         calls = args.steps * CALLS.get(method, 1) * (2 if guidance else 1)
         rows.add({**facts, "calls": calls, **figures, **judge(images, labels),
                   "seconds": round(time.perf_counter() - start, 1)})
-        name = f"{task} {method} {args.steps} steps guidance {guidance:g}.png"
+        name = f"{task} {method} {args.steps} steps guidance {guided(facts)}.png"
         name = name.replace(" ", "_").replace(",", "").replace("'", "")
         image_grid(images[:SHOWN], SHOWN, scale=3).save(args.out / name)
+
+
+def guided(row: dict) -> str:
+    """The scale of a row's guidance, and its tilt where that is not the default."""
+    tilt = (OLDER | row)["guidance_tilt"]
+    return f"{row['guidance']:g}" + f" {tilt}" * (row["guidance"] > 0 and tilt != GUIDANCE_TILT)
 
 
 def line(row: dict) -> str:
@@ -200,7 +212,7 @@ def line(row: dict) -> str:
         return cells([row["task"], row["method"], row["steps"], row["calls"], *numbers])
     percent = lambda name: f"{100 * row[name]:.1f}"  # noqa: E731
     rms = lambda name: f"{row[name]:.3f}" if name in row else "-"  # noqa: E731
-    return cells([row["task"], row["method"], row.get("asked", row["samples"]), f"{row['guidance']:g}", row["steps"],
+    return cells([row["task"], row["method"], row.get("asked", row["samples"]), guided(row), row["steps"],
                   row["calls"], rms("rmse"), percent("read"), percent("one_ink"), percent("ink"),
                   f"{row['precision']:.2f}", f"{row['recall']:.2f}", rms("hidden")])
 
@@ -230,6 +242,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="network steps (default 8)")
     parser.add_argument("--guidance", nargs="+", type=float, default=[0.3], metavar="W",
                         help="probabilistic scales in [0, 1) (default 0.3)")
+    parser.add_argument("--guidance-tilt", choices=TILTS, default=GUIDANCE_TILT,
+                        help=f"of guidance (default {GUIDANCE_TILT})")
     parser.add_argument("--samples", type=int, default=1000, help="digits, their classes in turn (default 1000)")
     parser.add_argument("--batch", type=int, default=125, help="digits at a time (default 125)")
     parser.add_argument("--choose-std", type=float, default=1.0, help="of a chosen hypothesis' hue (default 1)")

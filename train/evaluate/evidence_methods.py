@@ -40,9 +40,10 @@ class Problem:
     noise: Tensor
     steps: int
     guidance: float
+    guidance_tilt: str = GUIDANCE_TILT
 
     def denoiser(self, evidence: Evidence | Conditioned | None = None) -> GMDenoiser:
-        return GMDenoiser(self.model, self.labels, self.guidance, tilt=GUIDANCE_TILT, evidence=evidence)
+        return GMDenoiser(self.model, self.labels, self.guidance, tilt=self.guidance_tilt, evidence=evidence)
 
     def solve(self, denoiser: Denoiser, inpaint=None, callback=None, last: int | None = None) -> Tensor:
         """All steps, or those up to the ``last``."""
@@ -90,7 +91,7 @@ def one_gaussian(p: Problem) -> Tensor:
             return [gaussian_of(mixture) for mixture in plain.posteriors(xs, sigma, roles)]
 
     given = Conditioned(p.task.evidence, propagate=False)
-    return p.solve(Moments(p.model, p.labels, p.guidance, tilt=GUIDANCE_TILT, evidence=given))
+    return p.solve(Moments(p.model, p.labels, p.guidance, tilt=p.guidance_tilt, evidence=given))
 
 
 def gaussian_of(mixture: Mixture) -> Mixture:
