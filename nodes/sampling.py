@@ -21,7 +21,7 @@ STEPS = ("Network evaluations (twice as many with guidance). 4 to 8 are good, 1 
 FINAL_STEP = ("Length of the last step over that of the others, in unshifted time. 0 is the model's own: 1, as "
               "published, and 0.5 for adapters.")
 GUIDANCE = ("Probabilistic guidance scale, 0 to below 1; 0 is none. Not a CFG scale: 0.45 is the published default, "
-            "0.3 suits the digits, 0.02 to 0.75 are good.")
+            "0.4 suits the characters, 0.02 to 0.75 are good.")
 ORTHOGONAL = ("How far guidance is kept from simply brightening or contrasting the image: "
               "1 removes that part, 0 leaves it.")
 SUBSTEPS = ("GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, rounded "
