@@ -40,6 +40,7 @@ class RawCheckpoint:
     latent_space: LatentSpace = LatentSpace("rgb")
     class_names: tuple[str, ...] | None = None
     training: dict = field(default_factory=dict)
+    time_shift: float = 1.0                 # of the grid that it is best sampled on
     assumed: str | None = None              # in words, what nothing told and was taken to be as usual
 
 

@@ -85,7 +85,7 @@ class GMFlowModel(comfy.model_base.BaseModel):
         info, spectrum = self.gmflow, self.gmflow.spectrum
         described = description_tensors(RawCheckpoint(
             Path(), "gmflow", {}, info.config, spectrum and spectrum.state_dict(), spectrum and spectrum.config,
-            info.latent_space, info.class_names,
+            info.latent_space, info.class_names, time_shift=info.shift,
         ))
         return super().state_dict_for_saving(*args, **kwargs) | described
 
@@ -114,12 +114,12 @@ class GMFlowConfig(comfy.supported_models_base.BASE):
     """ComfyUI's description of a GM-DiT."""
 
     unet_extra_config = {}
-    sampling_settings = {"shift": 1.0}
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
 
     def __init__(self, info: ModelInfo):
         super().__init__({"config": info.config, "in_channels": info.config.in_channels})
         self.info, self.latent_format = info, latent_format(info)
+        self.sampling_settings = {"shift": info.shift}
         self.memory_usage_factor = max(0.3, info.config.width / 1152)
 
     def get_model(self, state_dict, prefix="", device=None):
@@ -228,7 +228,7 @@ def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool =
     spectrum = None
     if raw.spectrum_config is not None and raw.spectrum_state is not None:
         spectrum = build_network(raw.spectrum_config, raw.spectrum_state, "cpu", torch.float32, path)
-    config = GMFlowConfig(ModelInfo(raw.config, raw.class_names, raw.latent_space, spectrum))
+    config = GMFlowConfig(ModelInfo(raw.config, raw.class_names, raw.latent_space, spectrum, shift=raw.time_shift))
     mm, supported = comfy.model_management, GMFlowConfig.supported_inference_dtypes
     device, offload = mm.get_torch_device(), mm.unet_offload_device()
     dtype = WEIGHT_DTYPES[weight_dtype] or mm.unet_dtype(

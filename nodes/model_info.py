@@ -26,6 +26,7 @@ class ModelInfo:
     spectrum: SpectrumMLP | None  # on the CPU in float32; no part of the module tree, it is tiny
     steps: int = 8                # as recommended
     final_step: float = 1.0       # the last step's raw length over that of the others
+    shift: float = 1.0            # of time, on the grid that it is best sampled on
     recipe: str = "gmflow"        # of substeps and temperature
 
     @property

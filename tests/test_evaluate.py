@@ -1,6 +1,7 @@
 """The evaluation from end to end with tiny networks: what is measured, resumed, refused and drawn."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,9 @@ def test_settings_are_the_cores_own_solvers(files):
         want = sample_gm_ode(limited, x, flow_sigmas(3), substeps=43, second_order=SecondOrder(tilt="limited"))
         assert torch.equal(images("gm-ode2"), want)
         assert not torch.equal(images("gm-ode2", substeps=1), want)
+        want = sample_gm_ode(limited, x, flow_sigmas(3, 2.5), substeps=43, shift=2.5,
+                             second_order=SecondOrder(tilt="limited"))
+        assert torch.equal(images("gm-ode2", shift=2.5), want)
         want = sample_gm_sde(limited, x, flow_sigmas(3), order=1, spectrum=checkpoint.spectrum, noise_sampler=noise)
         assert torch.equal(images("gm-sde1"), want)
         assert not torch.equal(images("gm-sde1", spectral=False), want)
@@ -105,7 +109,7 @@ def test_settings_are_the_cores_own_solvers(files):
 
 @pytest.mark.parametrize("change", [
     dict(orthogonal=0.0), dict(reanchored=False), dict(corrections=1), dict(substeps=1), dict(tilt="published"),
-    dict(guidance_tilt="published"), dict(method="cfg", guidance=2.0),
+    dict(guidance_tilt="published"), dict(method="cfg", guidance=2.0), dict(shift=2.0),
 ])
 def test_every_switch_changes_the_samples(files, change):
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(3)
@@ -134,6 +138,28 @@ def test_a_tilt_of_what_is_not_done_makes_no_other_row():
         for name in ("tilt", "guidance_tilt"):
             other = setting.to_dict() | {name: "published"}
             assert (setting.wanted().items() <= other.items()) == (name in same)
+
+
+@pytest.mark.parametrize("arguments, shift", [((), 2.5), (("--shift", "1"), 1.0), (("--ablations",), 2.5)])
+def test_a_checkpoint_is_evaluated_on_its_own_grid(files, arguments, shift):
+    """Every solver, ablations too, unless another time shift is asked for; the title says it."""
+    subject = open_subject(files["gm"], None, CPU, "float32")
+    subject = replace(subject, checkpoint=replace(subject.checkpoint, time_shift=2.5))
+    words = ("x", "--data", "digits", "--solvers", "gm-ode2", "euler", "unipc", *arguments)
+    found = settings(subject, parse(words))
+    assert {s.shift for s in found} == {shift}
+    assert all(("shift 2.5" in s.title) == (shift == 2.5) for s in found)
+
+
+def test_rows_that_say_no_time_shift_are_of_the_uniform_grid(files, tmp_path, quick):
+    words = (files["gm"], "--data", "digits", "--solvers", "gm-ode1", "--steps", 1, "--out", tmp_path)
+    assert run(*words) == 0
+    path = tmp_path / RESULTS
+    content = json.loads(path.read_text())
+    del content["rows"][0]["shift"]
+    path.write_text(json.dumps(content))
+    assert run(*words, "--shift", 1) == 0 and len(rows(tmp_path)) == 1
+    assert run(*words, "--shift", 3) == 0 and [r.get("shift") for r in rows(tmp_path)] == [None, 3.0]
 
 
 def test_impossible_settings():

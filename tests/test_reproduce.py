@@ -151,6 +151,18 @@ def test_euler_is_diffusers(exact, rng):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+def test_baselines_take_the_grid_of_a_time_shift(name, exact, rng, monkeypatch):
+    """The sigmas at which the network is asked, but for the schedulers' first, which is next to one."""
+    pytest.importorskip("diffusers")
+    asked, x = [], torch.randn(3, 2, generator=rng)
+    monkeypatch.setattr(baselines, "mean_velocity", lambda denoiser, x, sigma: asked.append(sigma) or x)
+    sample_scheduler(exact, x, 5, name, rng, 3.0)
+    assert asked[:5] == pytest.approx(flow_sigmas(5, 3.0)[:5].tolist(), abs=2e-3)
+    uniform = flow_sigmas(4, 3.0)
+    torch.testing.assert_close(sample_euler(exact, x, 4, 3.0), sample_gm_ode(exact, x, uniform, order=1, substeps=1))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 32])
 def test_schedulers_reach_a_single_point(name, steps, rng):
     pytest.importorskip("diffusers")

@@ -17,7 +17,7 @@ import torch
 from test_train import CPU, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from gmflow_core import GMMLPConfig, load_checkpoint
+from gmflow_core import GMMLPConfig, flow_sigmas, load_checkpoint
 from train.config import PRESETS
 from train.data.digits import Digits
 from train.preview import save_samples
@@ -292,6 +292,14 @@ def test_moving_average_on_the_cpu(tmp_path):
     trainer.train_step()
     save_samples(trainer.ema, trainer.data, tmp_path / "a.png", per_class=1, device=CPU)
     assert next(trainer.ema.parameters()).device == CPU and (tmp_path / "a.png").exists()
+
+
+def test_samples_are_drawn_on_the_grid_of_the_sampling_shift(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("train.preview.sample", lambda denoiser, x, sigmas: asked.append(sigmas) or x)
+    trainer = Trainer(TINY, None, CPU)
+    save_samples(trainer.ema, trainer.data, tmp_path / "a.png", per_class=1, shift=3.0)
+    assert torch.equal(asked[0], flow_sigmas(8, 3.0))
 
 
 def test_compile_and_tf32_are_switched_on(monkeypatch):

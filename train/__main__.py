@@ -128,7 +128,8 @@ def after_step(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
 def draw_samples(trainer: Trainer) -> None:
     path, ema = trainer.folder / f"samples-{trainer.step:06d}.png", trainer.average()
     if trainer.team.first:
-        trainer.run_log.picture(save_samples(ema, trainer.data, path, device=trainer.device), trainer.step)
+        trainer.run_log.picture(save_samples(
+            ema, trainer.data, path, device=trainer.device, shift=trainer.config.sampling_shift), trainer.step)
 
 
 def dry_run(config: TrainConfig, team: Team) -> None:

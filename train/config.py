@@ -13,12 +13,12 @@ DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
 FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations",
         "compile", "tf32", "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard", "keep",
-        "ema_decays")
+        "ema_decays", "sampling_shift")
 # These too, but it is said: the run is no longer the one that its first settings would have made.
 CHANGEABLE = ("lr", "batch_size", "warmup", "clip_norm", "clip_from")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
 # Settings that the first runs did not have. Their defaults are what those did, and so is a setting that a file lacks.
-LATER = ("mean_weight", "cooldown", "ema_decays", "holdout", "keep")
+LATER = ("mean_weight", "cooldown", "ema_decays", "holdout", "keep", "sampling_shift")
 
 # What numbers may be: (least, most); "(0, ..." means without the end itself.
 _COUNTS = ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every", "save_every")
@@ -26,6 +26,7 @@ _RANGES = {
     **dict.fromkeys(_COUNTS, ">= 1"), "warmup": ">= 0", "clip_from": ">= 0", "cooldown": ">= 0", "keep": ">= 0",
     "weight_decay": ">= 0", "spectral_weight": ">= 0", "mean_weight": ">= 0", "clip_norm": ">= 0",
     "transition_weight": "> 0", "lr": "> 0", "time_std": "> 0", "time_shift": "> 0",
+    "sampling_shift": "in [0.001, 1000]",
     "transition_ratio": "in (0, 1]", "label_dropout": "in [0, 1]", "ema_decay": "in [0, 1)", "holdout": "in [0, 1)",
     "time_mean": "in [-20, 20]", "seed": "in [0, 2147483647]",
 }
@@ -82,6 +83,7 @@ class TrainConfig:
     compile: bool = False                    # torch.compile of the network
     tf32: bool = True                        # matrix products of float32 in TF32 on CUDA
     seed: int = 0                            # of the weights and of every step's draws
+    sampling_shift: float = 1.0              # time shift that samples are best drawn with; the checkpoint says it
     # reports
     log_every: int = 50                      # steps between two lines of the log
     sample_every: int = 1000                 # steps between two sample pictures, and two looks at what is held out

@@ -18,11 +18,12 @@ CLASSES = 10  # at most so many rows
 
 
 @torch.no_grad()
-def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, device: torch.device | None = None):
+def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, device: torch.device | None = None,
+                 shift: float = 1.0):
     """GM-ODE samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points.
 
-    Of many classes ten are shown; of latents the first three channels. The networks sample on ``device``
-    and go back to their own. Returns the picture, a Pillow image.
+    ``shift`` is the time shift of the steps. Of many classes ten are shown; of latents the first three channels.
+    The networks sample on ``device`` and go back to their own. Returns the picture, a Pillow image.
     """
     model, generator = nets["model"], torch.Generator().manual_seed(0)
     home = next(model.parameters()).device
@@ -32,7 +33,7 @@ def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, devi
     count = 4096 if flat else len(labels)
     x = torch.randn((count, *data.shape), generator=generator).to(device)
     denoiser = GMDenoiser(model.to(device), labels)
-    x = sample(denoiser, x, flow_sigmas(STEPS)).cpu()
+    x = sample(denoiser, x, flow_sigmas(STEPS, shift)).cpu()
     model.to(home)
     picture = scatter(x, 4.5) if flat else image_grid(x, per_class, scale=math.ceil(32 / x.shape[-1]))
     write_picture(path, picture)

@@ -228,7 +228,7 @@ class Trainer:
         try:
             save_checkpoint(
                 path, ema["model"], spectrum, latent_space=self.data.latent_space, class_names=self.data.class_names,
-                training=summary,
+                training=summary, time_shift=self.config.sampling_shift,
             )
         except (OSError, SafetensorError) as error:
             raise not_written(path, error) from error

@@ -1,9 +1,9 @@
 r"""What GM-ODE and GM-SDE are compared with: solvers of the mean velocity, and an ablation.
 
 Euler is this package's own GM-ODE 1 with one substep (DDIM on this path). The others are diffusers' schedulers, taken
-as they are: their grid is uniform from 0.999 (UniPC: 1 - 1e-6) instead of 1. With flow sigmas the grids of DEIS and
-SA-Solver end at their last sigma above 0, so that noise stays in the samples; here it ends at 0.001, a sigma they can
-work with.
+as they are: before a time shift their grid is uniform from 0.999 (UniPC: 1 - 1e-6) instead of 1. With flow sigmas the
+grids of DEIS and SA-Solver end at their last sigma above 0, so that noise stays in the samples; here it ends at 0.001,
+a sigma they can work with.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ def has_diffusers() -> bool:
     return True
 
 
-def scheduler(name: str):
-    """A diffusers scheduler on this path: x_t = (1 - sigma) x_0 + sigma e, the network predicts the velocity,
-    no shift."""
+def scheduler(name: str, shift: float = 1.0):
+    """A diffusers scheduler on this path: x_t = (1 - sigma) x_0 + sigma e, the network predicts the velocity;
+    on a grid of this time shift."""
     import diffusers
 
     kind, settings = SCHEDULERS[name]
-    return getattr(diffusers, kind)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, **settings)
+    return getattr(diffusers, kind)(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, **settings
+    )
 
 
 def mean_velocity(denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:
@@ -60,10 +62,10 @@ def mean_velocity(denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:
 
 
 def sample_scheduler(denoiser: Denoiser, x: Tensor, steps: int, name: str,
-                     generator: Generator | list[Generator] | None = None) -> Tensor:
+                     generator: Generator | list[Generator] | None = None, shift: float = 1.0) -> Tensor:
     """Samples from noise x (B,C,*S) in ``steps`` steps of a scheduler of ``SCHEDULERS``; ``generator``: one, or one an
     image."""
-    solver = scheduler(name)
+    solver = scheduler(name, shift)
     solver.set_timesteps(steps)
     if name in LAST_SIGMA:
         solver.sigmas[-1] = LAST_SIGMA[name]
@@ -73,9 +75,9 @@ def sample_scheduler(denoiser: Denoiser, x: Tensor, steps: int, name: str,
     return x
 
 
-def sample_euler(denoiser: Denoiser, x: Tensor, steps: int) -> Tensor:
+def sample_euler(denoiser: Denoiser, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     """x <- x + u (s_next - s) with the mean velocity u: GM-ODE 1 with one substep."""
-    return sample_gm_ode(denoiser, x, flow_sigmas(steps), order=1, substeps=1)
+    return sample_gm_ode(denoiser, x, flow_sigmas(steps, shift), order=1, substeps=1)
 
 
 # ---- the ablation ------------------------------------------------------------------------------
@@ -91,7 +93,8 @@ class Still:
 
 
 def sample_without_reanchoring(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, substeps: int, second_order: SecondOrder = SecondOrder()
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, substeps: int, second_order: SecondOrder = SecondOrder(),
+    shift: float = 1.0,
 ) -> Tensor:
     """GM-ODE 2 with the previous posterior's mean as it was for m_prev. Nothing else changes:
     substeps re-anchor as ever."""
@@ -102,5 +105,5 @@ def sample_without_reanchoring(
         history = SolverHistory(Still(guided.posterior), x, sigma, step)
         corrected = replace(guided, posterior=posterior)
         grid = torch.tensor([sigma, sigma_next])
-        x = sample_gm_ode(lambda x, sigma, known=corrected: known, x, grid, order=1, substeps=substeps)
+        x = sample_gm_ode(lambda x, sigma, known=corrected: known, x, grid, order=1, substeps=substeps, shift=shift)
     return x

@@ -14,6 +14,7 @@ from .subject import Subject, old_digest
 
 RESULTS = "results.json"
 OLDER = {"noise": "by batch"}  # what files say that say nothing of it
+OLD_ROWS = {"shift": 1.0}      # and rows
 
 
 class Results:
@@ -36,7 +37,7 @@ class Results:
     def row(self, subject: Subject, setting: Setting) -> dict | None:
         """The row of a setting, if it is there."""
         wanted = {"digest": subject.digest, **setting.wanted()}
-        return next((row for row in self.content["rows"] if wanted.items() <= row.items()), None)
+        return next((row for row in self.content["rows"] if wanted.items() <= (OLD_ROWS | row).items()), None)
 
     def about(self, subject: Subject, nll: Callable[[], dict | None]) -> None:
         """Remember a checkpoint. ValueError if another one has its name."""

@@ -41,6 +41,7 @@ class Setting:
     reanchored: bool = True          # GM-ODE 2 re-anchors the previous posterior
     tilt: str = SECOND_ORDER_TILT    # of the second order
     guidance_tilt: str = GUIDANCE_TILT
+    shift: float = 1.0               # time shift of the grid
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -64,6 +65,7 @@ class Setting:
         notes += ["white noise"] * (not self.spectral) + ["no re-anchoring"] * (not self.reanchored)
         notes += [f"{self.tilt} tilt"] * (self.second_order and self.tilt != SECOND_ORDER_TILT)
         notes += [f"{self.guidance_tilt} guidance"] * (self.guided and self.guidance_tilt != GUIDANCE_TILT)
+        notes += [f"shift {self.shift:g}"] * (self.shift != 1)
         notes += ["no projection"] * (self.orthogonal == 0)
         notes += [f"projection {self.orthogonal:g}"] * (0 < self.orthogonal < 1)
         return ", ".join([SOLVERS[self.solver], *notes])
@@ -94,17 +96,17 @@ def solve(setting: Setting, denoiser: Denoiser, x: Tensor, spectrum=None,
     image; GM-SDE from ``noise_sampler``, else from the generator."""
     solver, steps = setting.solver, setting.steps
     if solver == "euler":
-        return sample_euler(denoiser, x, steps)
+        return sample_euler(denoiser, x, steps, setting.shift)
     if solver in BASELINES:
-        return sample_scheduler(denoiser, x, steps, BASELINES[solver], generator)
-    sigmas = flow_sigmas(steps)
+        return sample_scheduler(denoiser, x, steps, BASELINES[solver], generator, setting.shift)
+    sigmas = flow_sigmas(steps, setting.shift)
     second_order = SecondOrder(correction_steps=setting.corrections, tilt=setting.tilt)
     if not setting.reanchored:
         substeps = setting.substeps or default_substeps(steps)
-        return sample_without_reanchoring(denoiser, x, sigmas, substeps, second_order)
+        return sample_without_reanchoring(denoiser, x, sigmas, substeps, second_order, setting.shift)
     options = replace(
         GM_SOLVERS[solver], substeps=setting.substeps, spectral=setting.spectral,
-        second_order=second_order,
+        second_order=second_order, shift=setting.shift,
     )
     if noise_sampler is None:
         noise_sampler = lambda s, t: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731

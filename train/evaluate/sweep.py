@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +62,8 @@ def settings(subject: Subject, args: argparse.Namespace) -> list[Setting]:
         Setting(s, n, w, m, guidance_tilt=args.guidance_tilt, **(plain if s in GM_SOLVERS else {}))
         for s in solvers for n, w, m in grid
     ]
-    return found + (ablations(grid) if args.ablations and not subject.vanilla else [])
+    found += ablations(grid) if args.ablations and not subject.vanilla else []
+    return [replace(setting, shift=args.shift or subject.checkpoint.time_shift) for setting in found]
 
 
 def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
