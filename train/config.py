@@ -228,6 +228,7 @@ _CHARACTERS = TrainConfig(  # small pictures of sixteen kinds, drawn by train.ch
     transition_ratio=0.9, mean_weight=2.0, time_mean=0.5, time_std=1.3,
     steps=9_600, batch_size=64, lr=1e-3, lr_decay="cooldown", cooldown=1_600, warmup=200, clip_norm=1.0, clip_from=0,
     weight_decay=0.01, ema_decay=0.999, precision="float32",
+    sampling_shift=3.0,  # kinds, grounds and colours are all decided at high noise: docs/characters.md
 )
 
 _CHECKERBOARD = TrainConfig(

@@ -309,7 +309,7 @@ At every pixel the network predicts a mixture of eight Gaussians, not one colour
 at any step of a sampler's **trace**.
 
 **Components**: at step 0, in pure noise, hypotheses are other grounds and other bodies. \
-Two steps on one of each has nearly all the weight. A hypothesis keeps its number and colour.
+Three steps on one of each has nearly all the weight. A hypothesis keeps its number and colour.
 
 **Entropy**: bright where the model is undecided.
 
@@ -333,11 +333,11 @@ Changing only an inspector samples no new image.
     flow.add("SaveImage", "The image", size=(300, 380), images=images, filename_prefix="gmflow/inspect")
     panel = dict(size=(620, 830), trace=sampled["trace"])
     group = flow.group("Components: the choices, and what becomes of them", right_of=group, across=True, color=PURPLE)
-    for step in (0, 2, 5):
+    for step in (0, 3, 6):
         flow.add("GMFlowInspector", f"Components at step {step}", step=step, view="components", **panel)
     flow.group("Where the choices are", below=group, across=True, color=GREEN)
-    flow.add("GMFlowInspector", "Entropy at step 2", step=2, view="entropy", **panel)
-    last = flow.add("GMFlowInspector", "All steps", step=2, view="timeline", **panel)
+    flow.add("GMFlowInspector", "Entropy at step 3", step=3, view="entropy", **panel)
+    last = flow.add("GMFlowInspector", "All steps", step=3, view="timeline", **panel)
     flow.add("PreviewAny", "Numbers of every step (JSON)", size=(620, 830), source=last["statistics"])
 
 
