@@ -71,7 +71,8 @@ def add_sampling(parser) -> None:
                         help=f"of order 2: limited moves no pixel further than asked (default {SECOND_ORDER_TILT})")
     parser.add_argument("--steps", type=number(int, 1, 10_000), default=8, help="network steps (default 8)")
     parser.add_argument("--substeps", type=number(int, 1, 100_000),
-                        help="of GM-ODE, per step (default ceil(128 / steps))")
+                        help="of GM-ODE, per step (default: the checkpoint's own, ceil(16 / steps) for the characters, "
+                        "else ceil(128 / steps))")
     parser.add_argument("--shift", type=number(float, 1e-3, 1e3),
                         help="time shift of the grid (default: the checkpoint's own, the characters' 3, else 1)")
     parser.add_argument("--guidance", type=number(float, 0, 1, high_open=True), default=0.3,
@@ -116,9 +117,9 @@ def open_checkpoint(args):
 def sample_as_asked(args, checkpoint, labels, **rest):
     """Images of a checkpoint with the arguments of :func:`add_sampling`."""
     options = SamplerOptions(
-        args.solver, args.order, args.substeps or 0, not args.no_spectrum,
-        SecondOrder(correction_steps=args.corrections, tilt=args.tilt), args.temperature,
-        args.shift or checkpoint.time_shift,
+        args.solver, args.order, args.substeps or 0, spectral=not args.no_spectrum,
+        second_order=SecondOrder(correction_steps=args.corrections, tilt=args.tilt), temperature=args.temperature,
+        shift=args.shift or checkpoint.time_shift, total_substeps=checkpoint.total_substeps,
     )
     return sample_images(
         checkpoint, labels, options, steps=args.steps, guidance=args.guidance, orthogonal=args.orthogonal,

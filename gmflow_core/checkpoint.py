@@ -3,7 +3,7 @@ r"""Checkpoints: one ``.safetensors`` that says everything a loader needs.
 The model's parameters lie under their own names, which are those of diffusers' DiT; the spectrum
 network's under ``spectrum.``. The metadata's key ``gmflow`` holds JSON: ``format`` (a version),
 ``architecture``, ``model`` and ``spectrum`` (configs), ``latent_space``, ``class_names``, ``training``,
-``time_shift`` where it is not 1.
+``time_shift`` where it is not 1, ``total_substeps`` where they are not 128.
 Files of GMFlow's authors are read too (:mod:`.foreign`). Every fault raises CheckpointError, and
 before any network is built.
 """
@@ -41,6 +41,7 @@ __all__ = [
 FORMAT = 1
 SPECTRUM = "spectrum."
 SHIFTS = 1e-3, 1e3                   # the least and the largest time shift that a file may ask for
+MOST_SUBSTEPS = 1024
 DESCRIPTION = "gmflow.description"   # the metadata as a tensor of bytes, in files that ComfyUI's save nodes write
 SAVED = "model.diffusion_model."     # what these put before a network's names
 CONFIGS = {"gmdit": GMDiTConfig, "gmmlp": GMMLPConfig}
@@ -58,6 +59,7 @@ class Checkpoint:
     latent_space: LatentSpace
     training: dict = field(default_factory=dict)  # a summary, as its trainer wrote it
     time_shift: float = 1.0                       # of the grid that it is best sampled on
+    total_substeps: int = 128                     # of all steps together, that GM-ODE best takes
     format: str = "gmflow"                        # as RawCheckpoint.format
     path: Path | None = None
 
@@ -139,20 +141,24 @@ def _check(raw: RawCheckpoint) -> None:
     if not isinstance(shift, (int, float)) or isinstance(shift, bool) or not SHIFTS[0] <= shift <= SHIFTS[1]:
         raise CheckpointError(f"{raw.path}: its time_shift must be a number from {SHIFTS[0]:g} to {SHIFTS[1]:g}, "
                               f"got {shown(repr(shift))}")
+    if type(raw.total_substeps) is not int or not 1 <= raw.total_substeps <= MOST_SUBSTEPS:
+        raise CheckpointError(f"{raw.path}: its total_substeps must be a whole number from 1 to {MOST_SUBSTEPS}, "
+                              f"got {shown(repr(raw.total_substeps))}")
 
 
 # ---- writing -----------------------------------------------------------------------------------
 
 def save_checkpoint(
     path, model: GMDiT | GMMLP, spectrum: SpectrumMLP | None = None, *, latent_space: LatentSpace | None = None,
-    class_names=None, training: dict | None = None, time_shift: float = 1.0, dtype: torch.dtype | None = None,
+    class_names=None, training: dict | None = None, time_shift: float = 1.0, total_substeps: int = 128,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write one ``.safetensors``, whole or not at all; missing folders are made.
 
     ``latent_space`` defaults to points for a GMMLP and to rgb for a GMDiT; ``class_names`` is one text
-    per class; ``training`` a dict that JSON can hold; ``time_shift`` that of the grid it is best sampled on;
-    ``dtype`` casts the weights. CheckpointError if the model is another class, a weight is not finite
-    (after the cast), the names do not fit or the time shift is none.
+    per class; ``training`` a dict that JSON can hold; ``time_shift`` and ``total_substeps`` those that it is best
+    sampled with; ``dtype`` casts the weights. CheckpointError if the model is another class, a weight is not
+    finite (after the cast), the names do not fit or a number is out of range.
     """
     if not isinstance(model, (GMDiT, GMMLP)):
         raise CheckpointError(f"{path}: only a GMDiT or GMMLP can be saved, got {type(model).__name__} (unwrap it)")
@@ -161,7 +167,7 @@ def save_checkpoint(
     write(path, RawCheckpoint(
         Path(path), "gmflow", dict(model.state_dict()), model.config,
         None if spectrum is None else dict(spectrum.state_dict()), None if spectrum is None else spectrum.config,
-        latent_space, None if class_names is None else tuple(class_names), training or {}, time_shift,
+        latent_space, None if class_names is None else tuple(class_names), training or {}, time_shift, total_substeps,
     ), dtype)
 
 
@@ -188,7 +194,8 @@ def write(path, raw: RawCheckpoint, dtype: torch.dtype | None = None) -> None:
 
 def describe(raw: RawCheckpoint) -> str:
     """All but the tensors of a checkpoint as JSON: the metadata ``gmflow``."""
-    own = {} if raw.time_shift == 1 else {"time_shift": raw.time_shift}  # other files stay as they were
+    usual = {"time_shift": 1, "total_substeps": 128}  # not written, so that other files stay as they were
+    own = {name: getattr(raw, name) for name, value in usual.items() if getattr(raw, name) != value}
     return json.dumps({
         "format": FORMAT,
         "architecture": next(name for name, config in CONFIGS.items() if isinstance(raw.config, config)),
@@ -221,8 +228,8 @@ def load_checkpoint(
             spectrum = build_network(raw.spectrum_config, raw.spectrum_state, device, dtype, raw.path)
         model = build_network(raw.config, raw.state, device, dtype, raw.path)
     return Checkpoint(
-        model, spectrum, raw.config, raw.class_names, raw.latent_space, raw.training, raw.time_shift, raw.format,
-        raw.path,
+        model, spectrum, raw.config, raw.class_names, raw.latent_space, raw.training, raw.time_shift,
+        raw.total_substeps, raw.format, raw.path,
     )
 
 
@@ -309,4 +316,5 @@ def _read_own(path: Path, state: State, description: str) -> RawCheckpoint:
         None if spectrum is None else make_config(SpectrumConfig, spectrum, path),
         make_config(LatentSpace, header.get("latent_space"), path),
         None if names is None else tuple(names), training, header.get("time_shift", 1.0),
+        header.get("total_substeps", 128),
     )

@@ -52,7 +52,8 @@ def kinds(checkpoint: Checkpoint) -> tuple[str, ...]:
 def paint(checkpoint: Checkpoint, labels: list[int], seed: int, solver: str = "gm-ode", steps: int = 8,
           guidance: float = 0.4, callback: Callable[[StepInfo], None] | None = None) -> Tensor:
     """Images of the labels, as the command line's defaults paint them."""
-    options = SamplerOptions(solver, second_order=SecondOrder(tilt=SECOND_ORDER_TILT), shift=checkpoint.time_shift)
+    options = SamplerOptions(solver, second_order=SecondOrder(tilt=SECOND_ORDER_TILT), shift=checkpoint.time_shift,
+                             total_substeps=checkpoint.total_substeps)
     return sample_images(checkpoint, labels, options, steps=steps, guidance=guidance, guidance_tilt=GUIDANCE_TILT,
                          seed=seed, callback=callback)
 

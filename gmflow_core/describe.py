@@ -27,6 +27,7 @@ def identify(path, *, heads: int | None = None) -> dict:
         "latent_space": asdict(raw.latent_space),
         "class_names": raw.class_names and list(raw.class_names),
         "time_shift": raw.time_shift,
+        "total_substeps": raw.total_substeps,
         "training": raw.training,
         "assumed": raw.assumed,
     }
@@ -57,7 +58,7 @@ def described(info: dict) -> dict[str, str]:
     lines["latents"] = latent["kind"] + (
         f", scale {latent['scale']:g}, shift {latent['shift']:g}" if latent["kind"] == "sd-vae" else ""
     )
-    lines["time shift"] = f"{info['time_shift']:g}"
+    lines["sampling"] = f"time shift {info['time_shift']:g}, {info['total_substeps']} substeps over all steps"
     lines["training"] = ", ".join(
         f"{name} ({len(value)} values)" if isinstance(value, (list, dict)) else f"{name} {value}"
         for name, value in info["training"].items()

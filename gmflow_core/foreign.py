@@ -41,6 +41,7 @@ class RawCheckpoint:
     class_names: tuple[str, ...] | None = None
     training: dict = field(default_factory=dict)
     time_shift: float = 1.0                 # of the grid that it is best sampled on
+    total_substeps: int = 128               # of all steps together, that GM-ODE best takes
     assumed: str | None = None              # in words, what nothing told and was taken to be as usual
 
 

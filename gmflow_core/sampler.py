@@ -25,13 +25,15 @@ RECIPES = ("gmflow", "piflow")                      # what a substeps or tempera
 class SamplerOptions:
     """A solver and its settings; each solver reads what concerns it. ValueError for an unknown solver or recipe.
 
-    ``recipe`` is the published way of sampling: "gmflow" takes ceil(128 / steps) substeps in every step and temperature
-    1; "piflow", of text-to-image adapters, takes substeps by the step's length, and no temperature in the step to 0.
+    ``recipe`` is the published way of sampling: "gmflow" takes ceil(total_substeps / steps) in every step and
+    temperature 1; "piflow", of text-to-image adapters, takes substeps by the step's length, and no temperature in the
+    step to 0.
     """
 
     solver: str = "gm-ode"                       # a key of SOLVERS
     order: int = 2
-    substeps: int = 0                            # GM-ODE: in each step; 0 is the recipe's
+    substeps: int = 0                            # GM-ODE: in each step; 0 is the recipe's share of the total
+    total_substeps: int = 128                    # GM-ODE: of all steps together
     spectral: bool = True                        # GM-SDE: colour the noise, where there is a spectrum
     second_order: SecondOrder = SecondOrder()
     temperature: float = 1.0                     # 0 is the recipe's
@@ -81,10 +83,10 @@ def sample(
     grid = [float(sigma) for sigma in sigmas]
     if options.recipe == "piflow":
         temperature = temperatures(grid, options.temperature)
-        substeps = options.substeps or substeps_by_length(grid, options.shift)
+        substeps = options.substeps or substeps_by_length(grid, options.shift, options.total_substeps)
     else:
         temperature = options.temperature or 1.0
-        substeps = options.substeps or default_substeps(len(sigmas) - 1)
+        substeps = options.substeps or default_substeps(len(sigmas) - 1, options.total_substeps)
     common = {
         "order": options.order, "second_order": options.second_order, "temperature": temperature,
         "inpaint": inpaint, "callback": callback, "interrupt": interrupt,

@@ -53,9 +53,9 @@ def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step
     return shift_time(raw[-(int(steps) + 1) :], shift).float()
 
 
-def default_substeps(steps: int) -> int:
-    """ceil(128 / N): 4 at 32 steps and 16 at 8, as published."""
-    return -(-128 // steps)
+def default_substeps(steps: int, total: int = 128) -> int:
+    """ceil(total / N): 4 at 32 steps and 16 at 8, as published."""
+    return -(-total // steps)
 
 
 def substeps_by_length(sigmas: Sequence[float], shift: float = 1.0, total: int = 128) -> list[int]:

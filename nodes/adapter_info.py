@@ -38,6 +38,7 @@ class AdapterInfo:
     steps: int                 # as recommended for this file
     final_step: float = 0.5    # the last step's raw length over that of the others
     recipe: str = "piflow"     # of substeps and temperature
+    total_substeps: int = 128  # of all steps together
     spectrum: None = None      # GM-SDE's noise is white
 
     @classmethod

@@ -85,7 +85,7 @@ class GMFlowModel(comfy.model_base.BaseModel):
         info, spectrum = self.gmflow, self.gmflow.spectrum
         described = description_tensors(RawCheckpoint(
             Path(), "gmflow", {}, info.config, spectrum and spectrum.state_dict(), spectrum and spectrum.config,
-            info.latent_space, info.class_names, time_shift=info.shift,
+            info.latent_space, info.class_names, time_shift=info.shift, total_substeps=info.total_substeps,
         ))
         return super().state_dict_for_saving(*args, **kwargs) | described
 
@@ -228,7 +228,8 @@ def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool =
     spectrum = None
     if raw.spectrum_config is not None and raw.spectrum_state is not None:
         spectrum = build_network(raw.spectrum_config, raw.spectrum_state, "cpu", torch.float32, path)
-    config = GMFlowConfig(ModelInfo(raw.config, raw.class_names, raw.latent_space, spectrum, shift=raw.time_shift))
+    config = GMFlowConfig(ModelInfo(raw.config, raw.class_names, raw.latent_space, spectrum, shift=raw.time_shift,
+                                    total_substeps=raw.total_substeps))
     mm, supported = comfy.model_management, GMFlowConfig.supported_inference_dtypes
     device, offload = mm.get_torch_device(), mm.unet_offload_device()
     dtype = WEIGHT_DTYPES[weight_dtype] or mm.unet_dtype(

@@ -27,6 +27,7 @@ class ModelInfo:
     steps: int = 8                # as recommended
     final_step: float = 1.0       # the last step's raw length over that of the others
     shift: float = 1.0            # of time, on the grid that it is best sampled on
+    total_substeps: int = 128     # of all steps together
     recipe: str = "gmflow"        # of substeps and temperature
 
     @property

@@ -191,7 +191,8 @@ def solve(denoiser: HostDenoiser, x: Tensor, options: SamplerOptions, callback, 
     names = range(len(x)) if run.batch_index is None else run.batch_index
     noise = ImageNoise(denoiser.extra_args.get("seed") or 0, names, tuple(x.shape[1:]), x.device)
     spectrum = spectrum_for(options, info, x)
-    options = replace(options, shift=options.shift * info.time_shift(network), recipe=info.recipe)
+    options = replace(options, shift=options.shift * info.time_shift(network), recipe=info.recipe,
+                      total_substeps=info.total_substeps)
     with tqdm(total=len(grid) - 1, disable=disable) as bar:
         x = sample(
             denoiser, x, grid, options, spectrum=spectrum, noise_sampler=noise,

@@ -52,7 +52,7 @@ def saved(tmp_path, tiny) -> Path:
     spectrum.init_weights()
     path = tmp_path / "tiny.safetensors"
     save_checkpoint(path, tiny, spectrum, latent_space=LatentSpace("sd-vae", 0.5, 0.25), class_names=NAMES,
-                    training={"step": 7, "loss": [1.5, 0.5]}, time_shift=2.5)
+                    training={"step": 7, "loss": [1.5, 0.5]}, time_shift=2.5, total_substeps=24)
     return path
 
 
@@ -110,6 +110,7 @@ def test_round_trip(saved, tiny):
     assert (loaded.class_names, loaded.latent_space) == (NAMES, LatentSpace("sd-vae", 0.5, 0.25))
     assert (loaded.training, loaded.format, loaded.path) == ({"step": 7, "loss": [1.5, 0.5]}, "gmflow", saved)
     assert loaded.time_shift == metadata(saved)["time_shift"] == 2.5
+    assert loaded.total_substeps == metadata(saved)["total_substeps"] == 24
     for module in (loaded.model, loaded.spectrum):
         assert not any(part.training for part in module.modules())
         assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -120,11 +121,12 @@ def test_round_trip(saved, tiny):
     )
 
 
-def test_a_file_without_a_time_shift_is_what_it_was(tmp_path, tiny):
-    """One is not written, and a file that does not say is read as one."""
+def test_a_file_that_is_sampled_as_published_is_what_it_was(tmp_path, tiny):
+    """A time shift of 1 and 128 substeps are not written, and are what a file that does not say has."""
     save_checkpoint(tmp_path / "a.safetensors", tiny)
-    assert "time_shift" not in metadata(tmp_path / "a.safetensors")
-    assert load_checkpoint(tmp_path / "a.safetensors").time_shift == 1
+    assert not {"time_shift", "total_substeps"} & metadata(tmp_path / "a.safetensors").keys()
+    loaded = load_checkpoint(tmp_path / "a.safetensors")
+    assert (loaded.time_shift, loaded.total_substeps) == (1, 128)
 
 
 def test_names_are_those_of_diffusers(saved):
@@ -203,6 +205,8 @@ def test_save_refuses(tmp_path, tiny):
     refused(path, "not plain JSON", call=lambda p: save_checkpoint(p, tiny, training={"a": float("nan")}))
     refused(path, "time_shift must be a number from 0.001 to 1000, got 0", call=lambda p: save_checkpoint(
         p, tiny, time_shift=0))
+    refused(path, "total_substeps must be a whole number from 1 to 1024, got 0", call=lambda p: save_checkpoint(
+        p, tiny, total_substeps=0))
     other = SpectrumMLP(SpectrumConfig((4, 4, 4)))
     refused(path, "4 channels.* 3", call=lambda p: save_checkpoint(p, tiny, other))
     with torch.no_grad():
@@ -260,6 +264,8 @@ def change(*path, to):
     (change("training", to=[1]), "training an object"),
     *((change("time_shift", to=value), "time_shift must be a number")
       for value in (0, -3.0, 1e4, float("nan"), float("inf"), "3", True, [3])),
+    *((change("total_substeps", to=value), "total_substeps must be a whole number")
+      for value in (0, -3, 1025, 16.0, "16", True)),
 ])
 def test_bad_metadata(saved, edit, words):
     header = metadata(saved)
@@ -683,7 +689,8 @@ def test_convert_keeps_everything(tmp_path, source):
     convert(source, tmp_path / "a.safetensors", heads=heads)
     before, after = read_state(source, heads=heads), read_state(tmp_path / "a.safetensors")
     assert after.format == "gmflow"
-    for name in ("config", "spectrum_config", "latent_space", "class_names", "training", "time_shift"):
+    for name in ("config", "spectrum_config", "latent_space", "class_names", "training", "time_shift",
+                 "total_substeps"):
         assert getattr(before, name) == getattr(after, name)
     for a, b in ((before.state, after.state), (before.spectrum_state, after.spectrum_state)):
         assert a.keys() == b.keys()
@@ -698,7 +705,7 @@ def test_converted_model_computes_the_published_outputs(tmp_path):
 def test_convert_onto_itself(saved):
     before = load_file(saved)
     convert(saved, saved, dtype=torch.float16)
-    assert read_state(saved).time_shift == 2.5
+    assert (read_state(saved).time_shift, read_state(saved).total_substeps) == (2.5, 24)
     after = load_file(saved)
     assert all(torch.equal(after[name], value.half()) for name, value in before.items())
 
@@ -710,7 +717,7 @@ def test_identify(saved):
         "num_gaussians": 2, "num_classes": 3, "parameters": sum(p.numel() for p in GMDiT(TINY).parameters()),
         "spectrum_parameters": 171, "dtype": "float32", "class_names": list(NAMES),
         "latent_space": {"kind": "sd-vae", "scale": 0.5, "shift": 0.25}, "training": {"step": 7, "loss": [1.5, 0.5]},
-        "time_shift": 2.5, "assumed": None,
+        "time_shift": 2.5, "total_substeps": 24, "assumed": None,
     }
     assert GMDiTConfig(**info["config"]) == TINY and SpectrumConfig(**info["spectrum"]).base_size == (3, 4, 4)
 
@@ -720,7 +727,7 @@ def test_format_info(saved, tmp_path):
     for words in (
         "GM-DiT, 2 layers, 2 heads x 4, patch 2", "3 x 4 x 4", "3: cat, dog, Ærøskøbing", "K = 2", "float32",
         "171 parameters", "sd-vae, scale 0.5, shift 0.25", "step 7, loss (2 values)", str(saved),
-        "time shift: 2.5",
+        "time shift 2.5, 24 substeps over all steps",
     ):
         assert words in text
     save_checkpoint(tmp_path / "b.safetensors", GMMLP(GMMLPConfig(4, 8, 2)))

@@ -89,18 +89,20 @@ def test_the_same_seed_gives_the_same_image_in_any_batch(checkpoint, tmp_path, c
     assert (latents("0", "seed", "--seed", 1) - whole[:1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("words, shift", [((), 2.5), (("--shift", "1"), 1.0)])
-def test_a_checkpoint_is_sampled_on_its_own_grid(checkpoint, tmp_path, capsys, words, shift):
-    """Grid and substeps of the checkpoint's time shift, unless another is asked for."""
+@pytest.mark.parametrize("words, shift, substeps", [
+    ((), 2.5, 7), (("--shift", "1"), 1.0, 7), (("--substeps", "4"), 2.5, 4),
+])
+def test_a_checkpoint_is_sampled_as_it_says(checkpoint, tmp_path, capsys, words, shift, substeps):
+    """With its own time shift, of the grid and of substeps, and its share of substeps, unless others are asked for."""
     loaded = load_checkpoint(checkpoint)
     path = tmp_path / "shifted.safetensors"
-    save_checkpoint(path, loaded.model, loaded.spectrum, time_shift=2.5)
+    save_checkpoint(path, loaded.model, loaded.spectrum, time_shift=2.5, total_substeps=20)
     assert run(capsys, "sample", path, "--labels", "0,3", "--steps", 3, "--guidance", 0, "--order", 1, "--latents",
                "--out", tmp_path, *words)[0] == 0
     with torch.no_grad():
         x = ImageNoise(0, range(2), (3, 8, 8), "cpu")()
         expected = sample_gm_ode(GMDenoiser(loaded.model, torch.tensor([0, 3])), x, flow_sigmas(3, shift), order=1,
-                                 substeps=43, shift=shift)
+                                 substeps=substeps, shift=shift)
     torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["samples"], expected)
 
 
@@ -322,7 +324,8 @@ def test_the_demo_s_rows_are_guided_as_their_titles_say(monkeypatch):
     monkeypatch.setattr(demo, "sample_images", lambda checkpoint, labels, options, guidance=0.3, **more: torch.full(
         (len(labels), 3, 24, 24), guidance))
     monkeypatch.setattr(demo, "sheet", lambda cells, titles, *rest: list(zip(cells, titles, strict=True)))
-    for (picture,), title in demo.draw_guidance(SimpleNamespace(class_names=("cat", "dog"), time_shift=1.0), 0):
+    checkpoint = SimpleNamespace(class_names=("cat", "dog"), time_shift=1.0, total_substeps=128)
+    for (picture,), title in demo.draw_guidance(checkpoint, 0):
         scale = float(title.removeprefix("guidance "))
         assert picture.crop((4, 4, 8, 8)).getextrema()[0][0] == pytest.approx(127.5 * (scale + 1), abs=1)
 
@@ -330,6 +333,7 @@ def test_the_demo_s_rows_are_guided_as_their_titles_say(monkeypatch):
 def test_the_demo_paints_as_the_command_line_does(monkeypatch):
     found = []
     monkeypatch.setattr(demo, "sample_images", lambda checkpoint, labels, options, **more: found.append(
-        (options.second_order.tilt, more["guidance_tilt"], options.shift)) or torch.zeros(len(labels), 3, 24, 24))
-    demo.draw_solvers(SimpleNamespace(class_names=("cat", "dog"), time_shift=2.5), 0)
-    assert set(found) == {(SECOND_ORDER_TILT, GUIDANCE_TILT, 2.5)}
+        (options.second_order.tilt, more["guidance_tilt"], options.shift, options.total_substeps))
+        or torch.zeros(len(labels), 3, 24, 24))
+    demo.draw_solvers(SimpleNamespace(class_names=("cat", "dog"), time_shift=2.5, total_substeps=24), 0)
+    assert set(found) == {(SECOND_ORDER_TILT, GUIDANCE_TILT, 2.5, 24)}

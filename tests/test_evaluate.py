@@ -140,15 +140,21 @@ def test_a_tilt_of_what_is_not_done_makes_no_other_row():
             assert (setting.wanted().items() <= other.items()) == (name in same)
 
 
-@pytest.mark.parametrize("arguments, shift", [((), 2.5), (("--shift", "1"), 1.0), (("--ablations",), 2.5)])
-def test_a_checkpoint_is_evaluated_on_its_own_grid(files, arguments, shift):
-    """Every solver, ablations too, unless another time shift is asked for; the title says it."""
+@pytest.mark.parametrize("arguments, shift, substeps", [
+    ((), 2.5, 3), (("--shift", "1"), 1.0, 3), (("--ablations",), 2.5, 3), (("--substeps", "0"), 2.5, 0),
+    (("--substeps", "5"), 2.5, 5),
+])
+def test_a_checkpoint_is_evaluated_as_it_is_sampled(files, arguments, shift, substeps):
+    """Every solver, ablations too, unless another time shift is asked for, and GM-ODE's substeps; titles say it."""
     subject = open_subject(files["gm"], None, CPU, "float32")
-    subject = replace(subject, checkpoint=replace(subject.checkpoint, time_shift=2.5))
-    words = ("x", "--data", "digits", "--solvers", "gm-ode2", "euler", "unipc", *arguments)
+    subject = replace(subject, checkpoint=replace(subject.checkpoint, time_shift=2.5, total_substeps=24))
+    words = ("x", "--data", "digits", "--steps", "8", "--solvers", "gm-ode2", "gm-sde2", "euler", "unipc", *arguments)
     found = settings(subject, parse(words))
     assert {s.shift for s in found} == {shift}
     assert all(("shift 2.5" in s.title) == (shift == 2.5) for s in found)
+    taken = {s.substeps for s in found if s.solver == "gm-ode2"}
+    assert taken == ({1, 3} if "--ablations" in arguments else {substeps})
+    assert {s.substeps for s in found if s.solver != "gm-ode2"} == {0}
 
 
 def test_rows_that_say_no_time_shift_are_of_the_uniform_grid(files, tmp_path, quick):

@@ -69,7 +69,7 @@ def main(monkeypatch, *arguments) -> int:
     ("betas=[0.9]", "betas must be two numbers"), ("betas=[0.9, 1.0]", r"betas must be in \[0, 1\), got 1"),
     ("betas=[0.9, NaN]", "betas must be in"), ("lr=NaN", "lr must be > 0, got nan"),
     ("lr=Infinity", "lr must be > 0, got inf"),
-    ("sampling_shift=0", "sampling_shift must be in"),
+    ("sampling_shift=0", "sampling_shift must be in"), ("total_substeps=0", "total_substeps must be in"),
     ("weight_decay=NaN", "weight_decay"), ("time_std=0", "time_std must be > 0"), ("time_shift=-1", "time_shift"),
     ("seed=-1", "seed must be in"), ("holdout=1", "holdout must be in"), ("keep=-1", "keep must be >= 0"),
     ("ema_decays=[1]", "ema_decays must be in"),

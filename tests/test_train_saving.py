@@ -58,13 +58,14 @@ def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
         assert torch.equal(checkpoint.model.state_dict()[name], value)
 
 
-def test_the_checkpoint_says_the_sampling_shift(tmp_path):
-    """A run goes on with another one: it is of no concern to what is learnt."""
+def test_the_checkpoint_says_how_it_is_best_sampled(tmp_path):
+    """A run goes on with other numbers: they are of no concern to what is learnt."""
     for shift in (3.0, 2.0):
-        trainer = Trainer(replace(TINY, sampling_shift=shift), tmp_path, CPU)
+        trainer = Trainer(replace(TINY, sampling_shift=shift, total_substeps=int(8 * shift)), tmp_path, CPU)
         run(trainer, trainer.step + 1)
         trainer.save()
-        assert load_checkpoint(tmp_path / CHECKPOINT).time_shift == shift
+        checkpoint = load_checkpoint(tmp_path / CHECKPOINT)
+        assert (checkpoint.time_shift, checkpoint.total_substeps) == (shift, 8 * shift)
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):

@@ -13,12 +13,12 @@ DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 # A run may go on with other values of these: they say where and how fast, not what is learnt.
 FREE = ("init_from", "data_path", "workers", "accumulate", "parallel", "ema_device", "checkpoint_activations",
         "compile", "tf32", "max_bad_steps", "log_every", "sample_every", "save_every", "tensorboard", "keep",
-        "ema_decays", "sampling_shift")
+        "ema_decays", "sampling_shift", "total_substeps")
 # These too, but it is said: the run is no longer the one that its first settings would have made.
 CHANGEABLE = ("lr", "batch_size", "warmup", "clip_norm", "clip_from")
 PATHS = ("init_from", "data_path")  # settings that are text even if they look like a number
 # Settings that the first runs did not have. Their defaults are what those did, and so is a setting that a file lacks.
-LATER = ("mean_weight", "cooldown", "ema_decays", "holdout", "keep", "sampling_shift")
+LATER = ("mean_weight", "cooldown", "ema_decays", "holdout", "keep", "sampling_shift", "total_substeps")
 
 # What numbers may be: (least, most); "(0, ..." means without the end itself.
 _COUNTS = ("steps", "batch_size", "accumulate", "workers", "max_bad_steps", "log_every", "sample_every", "save_every")
@@ -26,7 +26,7 @@ _RANGES = {
     **dict.fromkeys(_COUNTS, ">= 1"), "warmup": ">= 0", "clip_from": ">= 0", "cooldown": ">= 0", "keep": ">= 0",
     "weight_decay": ">= 0", "spectral_weight": ">= 0", "mean_weight": ">= 0", "clip_norm": ">= 0",
     "transition_weight": "> 0", "lr": "> 0", "time_std": "> 0", "time_shift": "> 0",
-    "sampling_shift": "in [0.001, 1000]",
+    "sampling_shift": "in [0.001, 1000]", "total_substeps": "in [1, 1024]",
     "transition_ratio": "in (0, 1]", "label_dropout": "in [0, 1]", "ema_decay": "in [0, 1)", "holdout": "in [0, 1)",
     "time_mean": "in [-20, 20]", "seed": "in [0, 2147483647]",
 }
@@ -84,6 +84,7 @@ class TrainConfig:
     tf32: bool = True                        # matrix products of float32 in TF32 on CUDA
     seed: int = 0                            # of the weights and of every step's draws
     sampling_shift: float = 1.0              # time shift that samples are best drawn with; the checkpoint says it
+    total_substeps: int = 128                # of all steps together, that GM-ODE takes; likewise
     # reports
     log_every: int = 50                      # steps between two lines of the log
     sample_every: int = 1000                 # steps between two sample pictures, and two looks at what is held out
@@ -228,7 +229,7 @@ _CHARACTERS = TrainConfig(  # small pictures of sixteen kinds, drawn by train.ch
     transition_ratio=0.9, mean_weight=2.0, time_mean=0.5, time_std=1.3,
     steps=9_600, batch_size=64, lr=1e-3, lr_decay="cooldown", cooldown=1_600, warmup=200, clip_norm=1.0, clip_from=0,
     weight_decay=0.01, ema_decay=0.999, precision="float32",
-    sampling_shift=3.0,  # kinds, grounds and colours are all decided at high noise: docs/characters.md
+    sampling_shift=3.0, total_substeps=16,  # how samples are best drawn, and without mottling: docs/characters.md
 )
 
 _CHECKERBOARD = TrainConfig(

@@ -229,6 +229,7 @@ class Trainer:
             save_checkpoint(
                 path, ema["model"], spectrum, latent_space=self.data.latent_space, class_names=self.data.class_names,
                 training=summary, time_shift=self.config.sampling_shift,
+                total_substeps=self.config.total_substeps,
             )
         except (OSError, SafetensorError) as error:
             raise not_written(path, error) from error

@@ -86,13 +86,13 @@ def test_a_saved_model_is_the_same(host, digits):
             torch.testing.assert_close(a, plain, atol=1e-4, rtol=0)
 
 
-def test_a_model_has_a_time_shift_of_its_own(host, digits):
-    """What its file says is part of every grid, of GM-ODE's substeps and of core samplers; a ModelSampling patch takes
-    its place, and the core's ModelSave keeps it."""
-    raw = replace(read_state(BUNDLED), time_shift=2.5)
+def test_a_model_is_sampled_as_its_file_says(host, digits):
+    """Its time shift is part of every grid, of GM-ODE's substeps and of core samplers, and GM-ODE takes its number of
+    substeps; a ModelSampling patch takes the shift's place, and the core's ModelSave keeps both."""
+    raw = replace(read_state(BUNDLED), time_shift=2.5, total_substeps=12)
     write(host.models / "shifted.safetensors", raw)
     plain = digits(batch=2, labels="6", weight_dtype="float32")
-    wanted = plain.latents(plain.gm(shift=2.5, steps=4),
+    wanted = plain.latents(plain.gm(shift=2.5, steps=4, substeps=3),
                            plain.core(model=plain.add("ModelSamplingSD3", model=plain.model, shift=2.5), steps=4))
     own = digits(batch=2, labels="6", weight_dtype="float32", model_name="shifted.safetensors")
     kept = digits(batch=2, labels="6", weight_dtype="float32", model_name=saved(host, own, own.model, "shifted"))
@@ -100,7 +100,7 @@ def test_a_model_has_a_time_shift_of_its_own(host, digits):
         for found, expected in zip(g.latents(g.gm(steps=4), g.core(steps=4)), wanted, strict=True):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     patched = own.gm(model=own.add("ModelSamplingSD3", model=own.model, shift=1.0), steps=4)
-    torch.testing.assert_close(own.latents(patched), plain.latents(plain.gm(steps=4)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(own.latents(patched), plain.latents(plain.gm(steps=4, substeps=3)), atol=1e-4, rtol=0)
 
 
 def test_older_saves_load_and_say_what_is_missing(host, digits):

@@ -49,7 +49,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help=f"of order 2 (default {SECOND_ORDER_TILT})")
     parser.add_argument("--guidance-tilt", choices=TILTS, default=GUIDANCE_TILT,
                         help=f"of guidance (default {GUIDANCE_TILT})")
-    parser.add_argument("--substeps", type=int, default=0, help="of GM-ODE (default 0: 128 / steps, as published)")
+    parser.add_argument("--substeps", type=int, help="of GM-ODE in each step; 0 is 128 / steps, as published "
+                        "(default: each checkpoint's own)")
     parser.add_argument("--ablations", action="store_true",
                         help="also the paper's ablations A2, A4, B1, no projection, "
                              "no re-anchoring; the published tilt")
@@ -81,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, values, low in (
         ("steps", args.steps, 1), ("samples", [args.samples], 5), ("real-samples", [args.real_samples], 5),
         ("batch", [args.batch], 1), ("cfg", args.cfg, 1), ("corrections", [args.corrections], 0),
-        ("substeps", [args.substeps], 0), ("shown", [args.shown], 1),
+        ("substeps", [args.substeps or 0], 0), ("shown", [args.shown], 1),
     ):
         if min(values, default=low) < low:
             parser.error(f"--{name} must be >= {low}, got {min(values)}")

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from gmflow_core import Checkpoint
+from gmflow_core.schedule import default_substeps
+
 from ..console import say
 from ..data.digits import Digits
 from ..runlog import short
@@ -57,13 +60,23 @@ def settings(subject: Subject, args: argparse.Namespace) -> list[Setting]:
     scales = [(w, "probabilistic") for w in args.guidance if w == 0 or not subject.vanilla]
     scales += [(w, "cfg") for w in args.cfg]
     grid = [(steps, w, method) for w, method in scales for steps in args.steps]
-    plain = {"corrections": args.corrections, "substeps": args.substeps, "tilt": args.tilt}
+    plain = {"corrections": args.corrections, "substeps": args.substeps or 0, "tilt": args.tilt}
     found = [
         Setting(s, n, w, m, guidance_tilt=args.guidance_tilt, **(plain if s in GM_SOLVERS else {}))
         for s in solvers for n, w, m in grid
     ]
     found += ablations(grid) if args.ablations and not subject.vanilla else []
-    return [replace(setting, shift=args.shift or subject.checkpoint.time_shift) for setting in found]
+    return [as_it_is_sampled(setting, subject.checkpoint, args) for setting in found]
+
+
+def as_it_is_sampled(setting: Setting, checkpoint: Checkpoint, args: argparse.Namespace) -> Setting:
+    """A setting with the checkpoint's own time shift and substeps, where no others are asked for."""
+    substeps, total = setting.substeps, checkpoint.total_substeps
+    if setting.solver not in ("gm-ode1", "gm-ode2"):
+        substeps = 0  # they have none
+    elif not substeps and args.substeps is None and total != 128:
+        substeps = default_substeps(setting.steps, total)
+    return replace(setting, shift=args.shift or checkpoint.time_shift, substeps=substeps)
 
 
 def ablations(grid: list[tuple[int, float, str]]) -> list[Setting]:
