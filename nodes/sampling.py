@@ -24,8 +24,9 @@ GUIDANCE = ("Probabilistic guidance scale, 0 to below 1; 0 is none. Not a CFG sc
             "0.4 suits the characters, 0.02 to 0.75 are good.")
 ORTHOGONAL = ("How far guidance is kept from simply brightening or contrasting the image: "
               "1 removes that part, 0 leaves it.")
-SUBSTEPS = ("GM-ODE's steps between two network evaluations: they cost almost nothing. 0 takes 128 / steps, rounded "
-            "up, as published; with adapters 128 over all steps, by their lengths.")
+SUBSTEPS = ("GM-ODE's steps between two network evaluations: they cost almost nothing. 0 is the model's own: 128 / "
+            "steps rounded up, as published, 16 / steps for the characters; with adapters 128 over all steps, by their "
+            "lengths.")
 SHIFT = ("Time shift, times the model's own. Above 1 spends more steps at high noise; "
          "1 is right for the published model.")
 ORDER = "2 also uses the previous network evaluation: better with few steps. 1 is the plain solver."
