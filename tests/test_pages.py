@@ -203,6 +203,22 @@ def test_numbers_of_the_readme_are_those_of_the_digits():
     assert [float(cell) for cell in best[1:]] == fids
 
 
+def test_numbers_of_the_readme_are_those_of_the_characters():
+    free = {row[1]: row for row in rows("docs/characters.md", "none") if len(row) == 7}
+    fid = {steps: row[2] for steps, row in free.items()}
+    assert fid["8"] == fid["32"]
+    read = min(float(row[6].rstrip(" %")) for steps, row in free.items() if steps != "1")
+    sentence = (f"FID {fid['2']} in two steps, {fid['4']} in four, {fid['8']} in eight and in 32, "
+                f"and at least {read} % are of the kind that was asked for")
+    assert sentence in (ROOT / "README.md").read_text(encoding="utf-8")
+    steps, own = None, {}
+    for row in rows("docs/characters.md", ""):
+        if len(row) == 6 and "substeps" not in row[1]:
+            steps = row[0] or steps
+            own |= {steps: row[2:]} if row[1].endswith("its own") else {}
+    assert own == {steps: row[2:6] for steps, row in free.items()}
+
+
 def test_the_short_table_of_the_digits_is_the_long_one():
     """Every cell of docs/digits.md's first table, from the row of the second with that solver, guidance and steps."""
     def key(row):
