@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .build import CHARACTERS, SIZE, TEN, fetch
+from .build import CHARACTERS, SIZE, TEN
 from .graph import Flow, Output
 from .picture import FAINT, INK, PAPER, outputs
 from .run import RunError, Server
@@ -21,7 +21,6 @@ from .run import RunError, Server
 DOCS = Path(__file__).resolve().parent.parent / "web" / "docs"
 ZOOM, GAP, EDGE, CAPTION = 2, 3, 12, 30
 COLOURS = 160  # a help page loads faster without the rest
-TEN_WORDS = "ten kinds"
 
 
 class Rows(Flow):
@@ -50,14 +49,13 @@ class Rows(Flow):
         self.row(caption, self.add("GMFlowKSampler", model=model, positive=positive, latent_image=latent,
                                    **settings)["latent"])
 
-    def custom(self, model: Output, sampler: Output, steps: int, guidance: float, seed: int = 1, part: int = 0,
-               **settings):
-        """SamplerCustomAdvanced behind GMFlow Guider; ``part``: end after so many of the steps."""
+    def custom(self, model: Output, sampler: Output, steps: int, guidance: float, part: int = 0, **settings):
+        """GMFlow Sampler Custom behind GMFlow Guider; ``part``: end after so many of the steps."""
         sigmas = self.add("GMFlowScheduler", model=model, steps=steps).out
         if part:
             sigmas = self.add("SplitSigmas", sigmas=sigmas, step=part)["high_sigmas"]
         guider = self.add("GMFlowGuider", model=model, positive=self.classes(model), guidance=guidance, **settings).out
-        return self.add("GMFlowSamplerCustom", noise=self.add("RandomNoise", noise_seed=seed).out, guider=guider,
+        return self.add("GMFlowSamplerCustom", noise=self.add("RandomNoise", noise_seed=1).out, guider=guider,
                         sampler=sampler, sigmas=sigmas, latent_image=self.empty(model))
 
 
@@ -69,7 +67,7 @@ def class_conditioning(flow: Rows) -> None:
         first, second = (flow.classes(model, label) for label in labels)
         return flow.add("ConditioningCombine", conditioning_1=first, conditioning_2=second).out
 
-    flow.painted(f"{TEN_WORDS}, one label each", model, flow.classes(model), latent)
+    flow.painted("ten kinds, one label each", model, flow.classes(model), latent)
     flow.painted("thumb, one for all", model, flow.classes(model, "thumb"), latent)
     for pair in (("mood", "thumb"), ("voxel person", "voxel robot")):
         flow.painted(f"{pair[0]} and {pair[1]}, ConditioningCombine", model, blend(*pair), latent)
@@ -201,8 +199,13 @@ def main() -> int:
     parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL")
     arguments = parser.parse_args()
     server = Server(arguments.server)
+    try:
+        info = server.json("/object_info")
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     for name in arguments.names:
-        flow = Rows(name, fetch(arguments.server))
+        flow = Rows(name, info)
         PICTURES[name](flow)
         try:
             found = outputs(server, flow.api())
