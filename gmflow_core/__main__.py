@@ -9,6 +9,7 @@ from pathlib import Path
 from .cli import Parser, UsageError, number, open_device, read_evidence, run_command, sample_images
 from .guidance import TILTS
 from .sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
+from .schedule import SHIFTS
 from .solver import SecondOrder
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -73,7 +74,7 @@ def add_sampling(parser) -> None:
     parser.add_argument("--substeps", type=number(int, 1, 100_000),
                         help="of GM-ODE, per step (default: the checkpoint's own, ceil(16 / steps) for the characters, "
                         "else ceil(128 / steps))")
-    parser.add_argument("--shift", type=number(float, 1e-3, 1e3),
+    parser.add_argument("--shift", type=number(float, *SHIFTS),
                         help="time shift of the grid (default: the checkpoint's own, the characters' 3, else 1)")
     parser.add_argument("--guidance", type=number(float, 0, 1, high_open=True), default=0.3,
                         help="probabilistic guidance in [0, 1), not a CFG scale (default 0.3)")

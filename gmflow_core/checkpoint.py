@@ -32,6 +32,7 @@ from .foreign import (
 )
 from .model import GMMLP, GMDiT, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig, SpectrumMLP
 from .pickles import is_pickle
+from .schedule import MOST_SUBSTEPS, SHIFTS, TOTAL_SUBSTEPS
 
 __all__ = [
     "CONFIGS", "Checkpoint", "CheckpointError", "RawCheckpoint", "build_network", "check_finite", "check_keys",
@@ -40,8 +41,6 @@ __all__ = [
 
 FORMAT = 1
 SPECTRUM = "spectrum."
-SHIFTS = 1e-3, 1e3                   # the least and the largest time shift that a file may ask for
-MOST_SUBSTEPS = 1024
 DESCRIPTION = "gmflow.description"   # the metadata as a tensor of bytes, in files that ComfyUI's save nodes write
 SAVED = "model.diffusion_model."     # what these put before a network's names
 CONFIGS = {"gmdit": GMDiTConfig, "gmmlp": GMMLPConfig}
@@ -59,7 +58,7 @@ class Checkpoint:
     latent_space: LatentSpace
     training: dict = field(default_factory=dict)  # a summary, as its trainer wrote it
     time_shift: float = 1.0                       # of the grid that it is best sampled on
-    total_substeps: int = 128                     # of all steps together, that GM-ODE best takes
+    total_substeps: int = TOTAL_SUBSTEPS          # of all steps together, that GM-ODE best takes
     format: str = "gmflow"                        # as RawCheckpoint.format
     path: Path | None = None
 
@@ -150,7 +149,7 @@ def _check(raw: RawCheckpoint) -> None:
 
 def save_checkpoint(
     path, model: GMDiT | GMMLP, spectrum: SpectrumMLP | None = None, *, latent_space: LatentSpace | None = None,
-    class_names=None, training: dict | None = None, time_shift: float = 1.0, total_substeps: int = 128,
+    class_names=None, training: dict | None = None, time_shift: float = 1.0, total_substeps: int = TOTAL_SUBSTEPS,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write one ``.safetensors``, whole or not at all; missing folders are made.
@@ -194,7 +193,7 @@ def write(path, raw: RawCheckpoint, dtype: torch.dtype | None = None) -> None:
 
 def describe(raw: RawCheckpoint) -> str:
     """All but the tensors of a checkpoint as JSON: the metadata ``gmflow``."""
-    usual = {"time_shift": 1, "total_substeps": 128}  # not written, so that other files stay as they were
+    usual = {"time_shift": 1, "total_substeps": TOTAL_SUBSTEPS}  # not written, so that other files stay as they were
     own = {name: getattr(raw, name) for name, value in usual.items() if getattr(raw, name) != value}
     return json.dumps({
         "format": FORMAT,
@@ -316,5 +315,5 @@ def _read_own(path: Path, state: State, description: str) -> RawCheckpoint:
         None if spectrum is None else make_config(SpectrumConfig, spectrum, path),
         make_config(LatentSpace, header.get("latent_space"), path),
         None if names is None else tuple(names), training, header.get("time_shift", 1.0),
-        header.get("total_substeps", 128),
+        header.get("total_substeps", TOTAL_SUBSTEPS),
     )

@@ -23,6 +23,7 @@ from .files import CheckpointError, State, one_line, read_json, shown
 from .folders import WEIGHTS, read_weights, weights_file
 from .model import SD_VAE_SCALE, GMDiTConfig, GMMLPConfig, LatentSpace, SpectrumConfig
 from .pickles import read_pickle
+from .schedule import TOTAL_SUBSTEPS
 
 ASSUMED_SIZE = 32  # of latents, where nothing tells: what the published model was trained on
 
@@ -41,7 +42,7 @@ class RawCheckpoint:
     class_names: tuple[str, ...] | None = None
     training: dict = field(default_factory=dict)
     time_shift: float = 1.0                 # of the grid that it is best sampled on
-    total_substeps: int = 128               # of all steps together, that GM-ODE best takes
+    total_substeps: int = TOTAL_SUBSTEPS    # of all steps together, that GM-ODE best takes
     assumed: str | None = None              # in words, what nothing told and was taken to be as usual
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .schedule import default_substeps, substeps_by_length
+from .schedule import TOTAL_SUBSTEPS, default_substeps, substeps_by_length
 from .solver import Inpaint, NoiseSampler, SecondOrder, Spectrum, StepInfo, sample_gm_ode, sample_gm_sde
 
 SOLVERS = {"gm-ode": "GM-ODE", "gm-sde": "GM-SDE"}  # name -> title
@@ -33,7 +33,7 @@ class SamplerOptions:
     solver: str = "gm-ode"                       # a key of SOLVERS
     order: int = 2
     substeps: int = 0                            # GM-ODE: in each step; 0 is the recipe's share of the total
-    total_substeps: int = 128                    # GM-ODE: of all steps together
+    total_substeps: int = TOTAL_SUBSTEPS         # GM-ODE: of all steps together
     spectral: bool = True                        # GM-SDE: colour the noise, where there is a spectrum
     second_order: SecondOrder = SecondOrder()
     temperature: float = 1.0                     # 0 is the recipe's

@@ -16,6 +16,10 @@ from torch import Tensor
 
 Time = TypeVar("Time", Tensor, float)
 
+TOTAL_SUBSTEPS = 128            # of GM-ODE, of all steps together, as published
+MOST_SUBSTEPS = 1024            # that a checkpoint may ask for
+SHIFTS = 1e-3, 1e3              # the least and the largest time shift that one may ask for
+
 
 def shift_time(t: Time, shift: float) -> Time:
     r"""sigma = m t / (1 + (m - 1) t): raw time to sigma under time shift m > 0 (Esser et al. 2024)."""
@@ -53,13 +57,13 @@ def flow_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step
     return shift_time(raw[-(int(steps) + 1) :], shift).float()
 
 
-def default_substeps(steps: int, total: int = 128) -> int:
+def default_substeps(steps: int, total: int = TOTAL_SUBSTEPS) -> int:
     """ceil(total / N): 4 at 32 steps and 16 at 8, as published."""
     return -(-total // steps)
 
 
-def substeps_by_length(sigmas: Sequence[float], shift: float = 1.0, total: int = 128) -> list[int]:
-    r"""max(1, ceil(128 d)) for each step of raw length d: substeps of one length over the whole path (pi-Flow).
+def substeps_by_length(sigmas: Sequence[float], shift: float = 1.0, total: int = TOTAL_SUBSTEPS) -> list[int]:
+    r"""max(1, ceil(total d)) for each step of raw length d: substeps of one length over the whole path (pi-Flow).
 
     Sigmas in single precision leave d uncertain by about 1e-7, and no such error may add a substep.
     """

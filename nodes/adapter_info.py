@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..gmflow_core.adapter import PATCH, Adapter, Family, pack_channels, unpack_channels
+from ..gmflow_core.schedule import TOTAL_SUBSTEPS
 
 ATTACHMENT = "gmflow"   # a MODEL's attachment that holds its AdapterInfo
 
@@ -38,7 +39,7 @@ class AdapterInfo:
     steps: int                 # as recommended for this file
     final_step: float = 0.5    # the last step's raw length over that of the others
     recipe: str = "piflow"     # of substeps and temperature
-    total_substeps: int = 128  # of all steps together
+    total_substeps: int = TOTAL_SUBSTEPS  # of all steps together
     spectrum: None = None      # GM-SDE's noise is white
 
     @classmethod

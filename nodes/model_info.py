@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..gmflow_core import GMDiTConfig, SpectrumMLP
 from ..gmflow_core.model import LatentSpace
+from ..gmflow_core.schedule import TOTAL_SUBSTEPS
 
 LABELS = "gmflow_labels"     # in a conditioning's dict: int64 (N,)
 CLASSES = "gmflow_classes"   # beside it: how many classes the model has that they are made for
@@ -27,7 +28,7 @@ class ModelInfo:
     steps: int = 8                # as recommended
     final_step: float = 1.0       # the last step's raw length over that of the others
     shift: float = 1.0            # of time, on the grid that it is best sampled on
-    total_substeps: int = 128     # of all steps together
+    total_substeps: int = TOTAL_SUBSTEPS  # of all steps together
     recipe: str = "gmflow"        # of substeps and temperature
 
     @property

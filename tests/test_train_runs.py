@@ -183,14 +183,15 @@ def test_what_a_run_can_do_without_does_not_end_it(tmp_path, monkeypatch, capsys
 def test_a_finished_run_may_say_later_how_it_is_best_sampled(tmp_path, monkeypatch):
     """Its checkpoint is written anew, with the same weights; and a run's sample pictures are drawn so."""
     assert main(monkeypatch, "--out", tmp_path) == 0
-    before, shifts = load_checkpoint(tmp_path), []
-    monkeypatch.setattr(command, "save_samples", lambda *args, shift, **rest: shifts.append(shift))
+    before, drawn = load_checkpoint(tmp_path), []
+    monkeypatch.setattr(command, "save_samples", lambda *args, options, **rest: drawn.append(options))
     assert main(monkeypatch, "--out", tmp_path, "--set", "sampling_shift=3", "--set", "total_substeps=16") == 0
     after = load_checkpoint(tmp_path)
     assert (before.time_shift, before.total_substeps, after.time_shift, after.total_substeps) == (1, 128, 3, 16)
     assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
-    assert main(monkeypatch, "--out", tmp_path, "--overwrite", "--set", "sampling_shift=3") == 0
-    assert set(shifts) == {3.0}
+    again = "--overwrite", "--set", "sampling_shift=3", "--set", "total_substeps=16"
+    assert main(monkeypatch, "--out", tmp_path, *again) == 0
+    assert {(options.shift, options.total_substeps) for options in drawn} == {(3.0, 16)}
 
 
 def test_a_finished_checkpoint_without_a_state_is_not_replaced(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from test_train import CPU, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmflow_core import GMMLPConfig, flow_sigmas, load_checkpoint
+from gmflow_core.sampler import SECOND_ORDER_TILT, SamplerOptions
 from train.config import PRESETS
 from train.data.digits import Digits
 from train.preview import save_samples
@@ -294,12 +295,16 @@ def test_moving_average_on_the_cpu(tmp_path):
     assert next(trainer.ema.parameters()).device == CPU and (tmp_path / "a.png").exists()
 
 
-def test_samples_are_drawn_on_the_grid_of_the_sampling_shift(tmp_path, monkeypatch):
+def test_samples_are_drawn_as_asked(tmp_path, monkeypatch):
+    """On the grid of the options' time shift, and with the tilt of nodes and command line where none are given."""
     asked = []
-    monkeypatch.setattr("train.preview.sample", lambda denoiser, x, sigmas: asked.append(sigmas) or x)
-    trainer = Trainer(TINY, None, CPU)
-    save_samples(trainer.ema, trainer.data, tmp_path / "a.png", per_class=1, shift=3.0)
-    assert torch.equal(asked[0], flow_sigmas(8, 3.0))
+    monkeypatch.setattr("train.preview.sample", lambda denoiser, x, *rest: asked.append(rest) or x)
+    trainer, options = Trainer(TINY, None, CPU), SamplerOptions(shift=3.0, total_substeps=16)
+    save_samples(trainer.ema, trainer.data, tmp_path / "a.png", per_class=1, options=options)
+    save_samples(trainer.ema, trainer.data, tmp_path / "a.png", per_class=1)
+    (sigmas, used), (even, usual) = asked
+    assert torch.equal(sigmas, flow_sigmas(8, 3.0)) and used is options
+    assert torch.equal(even, flow_sigmas(8)) and usual.second_order.tilt == SECOND_ORDER_TILT
 
 
 def test_compile_and_tf32_are_switched_on(monkeypatch):

@@ -21,7 +21,7 @@ from gmflow_core.cli import Parser, UsageError, number, run_command
 from .config import PRESETS, TrainConfig, override
 from .console import attempt
 from .folder import begin_again, check_export, locked
-from .preview import save_samples
+from .preview import OPTIONS, save_samples
 from .report import write_report
 from .runlog import short
 from .settings import presets_help, read_settings, settings_help
@@ -127,9 +127,10 @@ def after_step(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
 
 def draw_samples(trainer: Trainer) -> None:
     path, ema = trainer.folder / f"samples-{trainer.step:06d}.png", trainer.average()
+    options = replace(OPTIONS, shift=trainer.config.sampling_shift, total_substeps=trainer.config.total_substeps)
     if trainer.team.first:
-        trainer.run_log.picture(save_samples(
-            ema, trainer.data, path, device=trainer.device, shift=trainer.config.sampling_shift), trainer.step)
+        picture = save_samples(ema, trainer.data, path, device=trainer.device, options=options)
+        trainer.run_log.picture(picture, trainer.step)
 
 
 def dry_run(config: TrainConfig, team: Team) -> None:

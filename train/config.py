@@ -7,6 +7,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 
 from gmflow_core import GMDiTConfig, GMMLPConfig, SpectrumConfig
+from gmflow_core.schedule import MOST_SUBSTEPS, SHIFTS, TOTAL_SUBSTEPS
 
 DATASETS = ("digits", "checkerboard", "imagefolder", "latents")
 
@@ -26,7 +27,7 @@ _RANGES = {
     **dict.fromkeys(_COUNTS, ">= 1"), "warmup": ">= 0", "clip_from": ">= 0", "cooldown": ">= 0", "keep": ">= 0",
     "weight_decay": ">= 0", "spectral_weight": ">= 0", "mean_weight": ">= 0", "clip_norm": ">= 0",
     "transition_weight": "> 0", "lr": "> 0", "time_std": "> 0", "time_shift": "> 0",
-    "sampling_shift": "in [0.001, 1000]", "total_substeps": "in [1, 1024]",
+    "sampling_shift": "in [{:g}, {:g}]".format(*SHIFTS), "total_substeps": f"in [1, {MOST_SUBSTEPS}]",
     "transition_ratio": "in (0, 1]", "label_dropout": "in [0, 1]", "ema_decay": "in [0, 1)", "holdout": "in [0, 1)",
     "time_mean": "in [-20, 20]", "seed": "in [0, 2147483647]",
 }
@@ -84,7 +85,7 @@ class TrainConfig:
     tf32: bool = True                        # matrix products of float32 in TF32 on CUDA
     seed: int = 0                            # of the weights and of every step's draws
     sampling_shift: float = 1.0              # time shift that samples are best drawn with; the checkpoint says it
-    total_substeps: int = 128                # of all steps together, that GM-ODE takes; likewise
+    total_substeps: int = TOTAL_SUBSTEPS     # of all steps together, that GM-ODE takes; likewise
     # reports
     log_every: int = 50                      # steps between two lines of the log
     sample_every: int = 1000                 # steps between two sample pictures, and two looks at what is held out

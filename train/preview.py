@@ -11,18 +11,21 @@ from torch import Tensor, nn
 from gmflow_core import GMDenoiser, flow_sigmas
 from gmflow_core.files import write_picture
 from gmflow_core.pictures import image_grid, scatter
-from gmflow_core.sampler import sample
+from gmflow_core.sampler import SECOND_ORDER_TILT, SamplerOptions, sample
+from gmflow_core.solver import SecondOrder
 
 STEPS = 8
+OPTIONS = SamplerOptions(second_order=SecondOrder(tilt=SECOND_ORDER_TILT))
 CLASSES = 10  # at most so many rows
 
 
 @torch.no_grad()
 def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, device: torch.device | None = None,
-                 shift: float = 1.0):
-    """GM-ODE samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points.
+                 options: SamplerOptions = OPTIONS):
+    """Samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points.
 
-    ``shift`` is the time shift of the steps. Of many classes ten are shown; of latents the first three channels.
+    ``options`` say how, by default as nodes and command line sample (GM-ODE 2); their time shift is the grid's too.
+    Of many classes ten are shown; of latents the first three channels.
     The networks sample on ``device`` and go back to their own. Returns the picture, a Pillow image.
     """
     model, generator = nets["model"], torch.Generator().manual_seed(0)
@@ -33,7 +36,7 @@ def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, devi
     count = 4096 if flat else len(labels)
     x = torch.randn((count, *data.shape), generator=generator).to(device)
     denoiser = GMDenoiser(model.to(device), labels)
-    x = sample(denoiser, x, flow_sigmas(STEPS, shift)).cpu()
+    x = sample(denoiser, x, flow_sigmas(STEPS, options.shift), options).cpu()
     model.to(home)
     picture = scatter(x, 4.5) if flat else image_grid(x, per_class, scale=math.ceil(32 / x.shape[-1]))
     write_picture(path, picture)

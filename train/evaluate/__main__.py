@@ -18,6 +18,7 @@ from gmflow_core.cli import number, run_command
 from gmflow_core.files import remove_remains, write_text
 from gmflow_core.guidance import TILTS
 from gmflow_core.sampler import GUIDANCE_TILT, SECOND_ORDER_TILT
+from gmflow_core.schedule import SHIFTS
 
 from ..folder import locked
 from ..team import Team, launched, leaving
@@ -58,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="samples of each setting, its classes in turn (default 1000; the paper: 50000)")
     parser.add_argument("--real-samples", type=int, default=50_000, help="real images at most (default 50000)")
     parser.add_argument("--batch", type=int, default=125, help="samples at a time (default 125)")
-    parser.add_argument("--shift", type=number(float, 1e-3, 1e3),
+    parser.add_argument("--shift", type=number(float, *SHIFTS),
                         help="time shift of every solver's grid, 1 is uniform (default: each checkpoint's own)")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--vae", help="of latents: a diffusers AutoencoderKL, a folder or a name on the hub")

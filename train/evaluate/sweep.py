@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from gmflow_core import Checkpoint
-from gmflow_core.schedule import default_substeps
+from gmflow_core.schedule import TOTAL_SUBSTEPS, default_substeps
 
 from ..console import say
 from ..data.digits import Digits
@@ -74,7 +74,7 @@ def as_it_is_sampled(setting: Setting, checkpoint: Checkpoint, args: argparse.Na
     substeps, total = setting.substeps, checkpoint.total_substeps
     if setting.solver not in ("gm-ode1", "gm-ode2"):
         substeps = 0  # they have none
-    elif not substeps and args.substeps is None and total != 128:
+    elif not substeps and args.substeps is None and total != TOTAL_SUBSTEPS:
         substeps = default_substeps(setting.steps, total)
     return replace(setting, shift=args.shift or checkpoint.time_shift, substeps=substeps)
 
