@@ -129,6 +129,25 @@ def test_every_solver_reads_the_guided_posterior(files, solver):
     assert out[0].isfinite().all() and torch.equal(out[0], out[1]) and not torch.allclose(out[0], out[2], atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s == "euler" or s.startswith("gm") or has_diffusers()])
+def test_every_solver_takes_the_time_shift(files, solver):
+    """The sigmas at which the network is asked, but for the schedulers' first, which is next to one."""
+    asked, denoiser = [], GMDenoiser(load_checkpoint(files["gm"]).model, torch.arange(2))
+    with torch.no_grad():
+        solve(Setting(solver, 4, shift=2.5), lambda x, s: asked.append(float(s)) or denoiser(x, s),
+              torch.randn(2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    assert asked[:4] == pytest.approx(flow_sigmas(4, 2.5)[:4].tolist(), abs=2e-3)
+
+
+def test_the_time_shift_without_reanchoring(files):
+    """In its one step there is nothing to re-anchor: it is GM-ODE, with substeps on the shifted grid."""
+    denoiser, x = GMDenoiser(load_checkpoint(files["gm"]).model, torch.arange(2)), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        still, usual, even = (solve(Setting("gm-ode2", 1, substeps=4, reanchored=again, shift=shift), denoiser, x)
+                              for again, shift in ((False, 2.5), (True, 2.5), (False, 1.0)))
+    assert torch.equal(still, usual) and not torch.allclose(still, even, atol=1e-4)
+
+
 def test_a_tilt_of_what_is_not_done_makes_no_other_row():
     """A row of another default is the same row where nothing is tilted."""
     both = {"tilt", "guidance_tilt"}
