@@ -189,18 +189,26 @@ def rows(page: str, first: str) -> list[list[str]]:
     return [row for row in table if row[0].startswith(first)]
 
 
-def test_numbers_of_the_readme_are_those_of_the_digits():
-    steps = [1, 2, 4, 8, 16, 32]
-    for name in ("K = 8, GM-SDE 2, limited", "K = 8, GM-SDE 2", "K = 8, GM-ODE 2, limited",
-                 "K = 8, GM-ODE 2, 2 corrections", "K = 1, GM-SDE 2"):
-        (short,) = (row for row in rows("README.md", name) if row[0] == name)
-        (full,) = (row for row in rows("docs/digits.md", name) if row[0] == name)
-        fid = {n: cell.split(",")[0] for n, cell in zip(steps, full[1:], strict=True)}
-        assert short[1:] == [fid[n] for n in (1, 2, 4, 8, 32)]
-    (best,) = rows("README.md", "vanilla flow matching")
-    plain = [row for row in rows("docs/digits.md", "vanilla, ") if "CFG" not in row[0]]
-    fids = [min(float(row[1 + steps.index(n)].split(",")[0]) for row in plain) for n in (1, 2, 4, 8, 32)]
-    assert [float(cell) for cell in best[1:]] == fids
+@pytest.mark.parametrize(("page", "names"), [
+    ("docs/characters.md", ("K = 8, GM-ODE 2", "K = 8, GM-SDE 2", "K = 1, GM-ODE 2")),
+    ("docs/digits.md", ("K = 8 with the mean term, GM-ODE 2, limited", "K = 8 with the mean term, GM-SDE 2, limited",
+                        "K = 8, GM-SDE 2, limited", "K = 1, GM-SDE 2")),
+])
+def test_tables_of_the_readme_are_those_of_the_pages(page, names):
+    """FID at 1, 2, 4, 8 and 32 steps, from the page's first table of all six; vanilla's is its best solver's."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = next(part for part in text.split("\n\n") if part.startswith(f"| [{Path(page).stem}]"))
+    short = {cells[0]: cells[1:] for cells in
+             ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:])}
+    full: dict[str, list[str]] = {}
+    for name, *cells in (row for row in rows(page, "") if len(row) == 7):
+        full.setdefault(name, [cell.split(",")[0] for cell in cells])
+    shown = (0, 1, 2, 3, 5)
+    assert set(short) == {*names, "vanilla flow matching, its best solver"}
+    assert all(short[name] == [full[name][i] for i in shown] for name in names)
+    plain = [row for name, row in full.items() if name.startswith("vanilla, ") and "CFG" not in name]
+    best = [min(float(row[i]) for row in plain) for i in shown]
+    assert [float(cell) for cell in short["vanilla flow matching, its best solver"]] == best
 
 
 def test_numbers_of_the_readme_are_those_of_the_characters():
@@ -225,7 +233,8 @@ def test_the_short_table_of_the_digits_is_the_long_one():
         solver, *rest = re.sub(r", guidance .*|, CFG .*", "", row[0].partition(", ")[2]).split(", ")
         return ", ".join([solver, *rest])
 
-    checkpoints = {"K = 8": "gmdit_digits", "K = 1": "digits-k1", "vanilla": "digits-vanilla"}
+    checkpoints = {"K = 8": "gmdit_digits", "K = 8 with the mean term": "digits-mean",
+                   "K = 1": "digits-k1", "vanilla": "digits-vanilla"}
     full = {tuple(r[:4]): r for name in checkpoints.values() for r in rows("docs/digits.md", name) if len(r) == 13}
     for name, checkpoint in checkpoints.items():
         for row in rows("docs/digits.md", name + ", "):
