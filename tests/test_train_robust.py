@@ -32,7 +32,7 @@ def lines(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("number, code", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138),
 ])
-def test_a_signal_saves_and_the_run_goes_on_identically(tmp_path, monkeypatch, capsys, number, code):
+def test_a_signal_saves_and_the_run_goes_on_identically(tmp_path, monkeypatch, capsys, hangups, number, code):
     before = signal.getsignal(number)
     whole = Trainer(TINY, tmp_path / "whole", CPU)
     train(whole)

@@ -273,7 +273,7 @@ def test_signals_of_this_system():
 
 
 @pytest.mark.slow
-def test_a_terminal_that_goes_away(tmp_path):
+def test_a_terminal_that_goes_away(tmp_path, hangups):
     """SIGHUP while stderr is a terminal that is closed: the run saves, although it can say nothing."""
     import pty
 
