@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,8 +16,8 @@ from .files import write_picture
 from .inspection.beliefs import effective_components, hypotheses, mean_weights, weight_entropy
 from .mixture import GaussianMixture
 from .pictures import FAINT, PAPER, colour_bar, font, heat, image_grid, sheet
-from .sampler import GUIDANCE_TILT, SECOND_ORDER_TILT, SOLVERS, SamplerOptions
-from .solver import SecondOrder, StepInfo
+from .sampler import GUIDANCE_TILT, SOLVERS, USUAL, SamplerOptions
+from .solver import StepInfo
 
 STEPS = (1, 2, 4, 8)
 GUIDANCE = (0.0, 0.4, 0.7)
@@ -52,8 +53,7 @@ def kinds(checkpoint: Checkpoint) -> tuple[str, ...]:
 def paint(checkpoint: Checkpoint, labels: list[int], seed: int, solver: str = "gm-ode", steps: int = 8,
           guidance: float = 0.4, callback: Callable[[StepInfo], None] | None = None) -> Tensor:
     """Images of the labels, as the command line's defaults paint them."""
-    options = SamplerOptions(solver, second_order=SecondOrder(tilt=SECOND_ORDER_TILT), shift=checkpoint.time_shift,
-                             total_substeps=checkpoint.total_substeps)
+    options = replace(USUAL, solver=solver, shift=checkpoint.time_shift, total_substeps=checkpoint.total_substeps)
     return sample_images(checkpoint, labels, options, steps=steps, guidance=guidance, guidance_tilt=GUIDANCE_TILT,
                          seed=seed, callback=callback)
 

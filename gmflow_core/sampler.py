@@ -52,6 +52,9 @@ class SamplerOptions:
         return f"{SOLVERS[self.solver]} {self.order}"
 
 
+USUAL = SamplerOptions(second_order=SecondOrder(tilt=SECOND_ORDER_TILT))  # as nodes and command line sample
+
+
 def temperatures(sigmas: Sequence[float], temperature: float = 0.0) -> list[float]:
     r"""pi-Flow's temperature of each of N steps: ``temperature``, or min(1, 0.1 (N - 1)) where that is 0;
     1 in the step to sigma 0.

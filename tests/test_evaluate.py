@@ -41,6 +41,9 @@ from train.folder import locked
 from train.vae import Decoder, load_vae
 
 CPU = torch.device("cpu")
+each_solver = pytest.mark.parametrize(
+    "solver", [s for s in SOLVERS if s == "euler" or s.startswith("gm") or has_diffusers()]
+)
 
 
 def save(path, k=2, classes=10, channels=3, size=16, vanilla=False, space=None, names=None):
@@ -118,7 +121,7 @@ def test_every_switch_changes_the_samples(files, change):
     assert a.isfinite().all() and b.isfinite().all() and not torch.allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if s == "euler" or s.startswith("gm") or has_diffusers()])
+@each_solver
 def test_every_solver_reads_the_guided_posterior(files, solver):
     """Baselines too: they step with the mean of the guided mixture."""
     checkpoint, labels = load_checkpoint(files["gm"]), torch.arange(2)
@@ -129,7 +132,7 @@ def test_every_solver_reads_the_guided_posterior(files, solver):
     assert out[0].isfinite().all() and torch.equal(out[0], out[1]) and not torch.allclose(out[0], out[2], atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if s == "euler" or s.startswith("gm") or has_diffusers()])
+@each_solver
 def test_every_solver_takes_the_time_shift(files, solver):
     """The sigmas at which the network is asked, but for the schedulers' first, which is next to one."""
     asked, denoiser = [], GMDenoiser(load_checkpoint(files["gm"]).model, torch.arange(2))

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from gmflow_core import __version__
 from gmflow_core.checkpoint import convert
 from gmflow_core.cli import Parser, UsageError, number, run_command
+from gmflow_core.sampler import USUAL
 
 from .config import PRESETS, TrainConfig, override
 from .console import attempt
 from .folder import begin_again, check_export, locked
-from .preview import OPTIONS, save_samples
+from .preview import save_samples
 from .report import write_report
 from .runlog import short
 from .settings import presets_help, read_settings, settings_help
@@ -127,8 +128,9 @@ def after_step(trainer: Trainer, numbers: dict, bar: tqdm) -> None:
 
 def draw_samples(trainer: Trainer) -> None:
     path, ema = trainer.folder / f"samples-{trainer.step:06d}.png", trainer.average()
-    options = replace(OPTIONS, shift=trainer.config.sampling_shift, total_substeps=trainer.config.total_substeps)
     if trainer.team.first:
+        config = trainer.config
+        options = replace(USUAL, shift=config.sampling_shift, total_substeps=config.total_substeps)
         picture = save_samples(ema, trainer.data, path, device=trainer.device, options=options)
         trainer.run_log.picture(picture, trainer.step)
 

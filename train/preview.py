@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from gmflow_core import GMDenoiser, flow_sigmas
 from gmflow_core.files import write_picture
 from gmflow_core.pictures import image_grid, scatter
-from gmflow_core.sampler import SECOND_ORDER_TILT, SamplerOptions, sample
-from gmflow_core.solver import SecondOrder
+from gmflow_core.sampler import USUAL, SamplerOptions, sample
 
 STEPS = 8
-OPTIONS = SamplerOptions(second_order=SecondOrder(tilt=SECOND_ORDER_TILT))
 CLASSES = 10  # at most so many rows
 
 
 @torch.no_grad()
 def save_samples(nets: nn.ModuleDict, data, path: Path, per_class: int = 8, device: torch.device | None = None,
-                 options: SamplerOptions = OPTIONS):
+                 options: SamplerOptions = USUAL):
     """Samples of 8 steps from fixed noise: a grid of images, one row a class, or a scatter of 2D points.
 
     ``options`` say how, by default as nodes and command line sample (GM-ODE 2); their time shift is the grid's too.
